@@ -1,0 +1,1 @@
+"""Everything particular to the Metis chip: backends, numerics, the Voyager pipeline YAML."""

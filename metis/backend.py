@@ -1,0 +1,169 @@
+"""The interface that every maker of Metis models implements, its types and its errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from preprocessing.int8 import TensorSpec
+
+#: Quantization schemes by the names that the Voyager SDK gives them.
+SCHEMES = ("per_tensor_histogram", "per_tensor_min_max")
+
+BACKENDS = {"emulator": "metis.emulator:Emulator", "voyager": "metis.voyager:Voyager"}
+
+#: Distributions whose version can change what a backend makes.
+_TOOLS = {"emulator": ("onnxruntime",), "voyager": ("axelera-devkit",)}
+
+
+class BackendError(RuntimeError):
+    """A backend could not quantize, run or compile a model."""
+
+
+class BackendMissingError(BackendError):
+    """What the backend needs is not installed here, or too old."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a backend found on this machine."""
+
+    available: bool
+    versions: dict[str, str]  # distribution name -> version
+    missing: str  # what is missing and how to get it; empty when available
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """An int8 model that the host can run; saved as quantized.json inside its folder."""
+
+    path: Path  # folder
+    entry: str  # file in the folder that `Backend.infer` opens
+    backend: str
+    version: str  # of the tool that quantized
+    scheme: str
+    inputs: tuple[TensorSpec, ...]  # for one frame
+    outputs: tuple[TensorSpec, ...]  # for one frame
+
+    def save(self) -> None:
+        """Write quantized.json."""
+        _save(self, self.path / "quantized.json")
+
+    @staticmethod
+    def load(path: Path) -> QuantizedModel:
+        """Read the folder that `save` completed."""
+        return QuantizedModel(path=path, **_load(path / "quantized.json"))
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """What runs on the device; saved as spec.json inside its folder, which the device reads too."""
+
+    path: Path  # folder
+    entry: str  # file in the folder that the runtime loads
+    backend: str
+    version: str  # of the tool that compiled
+    runtime: str  # "onnxruntime" (emulation on a host) or "axelera" (a device)
+    aipu_cores: int  # also the batch size of one call
+    inputs: tuple[TensorSpec, ...]  # for one call
+    outputs: tuple[TensorSpec, ...]  # for one call
+
+    def save(self) -> None:
+        """Write spec.json."""
+        _save(self, self.path / "spec.json")
+
+    @staticmethod
+    def load(path: Path) -> CompiledModel:
+        """Read the folder that `save` completed."""
+        return CompiledModel(path=path, **_load(path / "spec.json"))
+
+
+def _save(model: QuantizedModel | CompiledModel, path: Path) -> None:
+    fields = {k: v for k, v in asdict(model).items() if k != "path"}
+    path.write_text(json.dumps(fields, indent=1) + "\n")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    from preprocessing.int8 import TensorSpec  # numpy; this file stays light for the commands
+
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{path} is not readable: {error}") from error
+    for name in ("inputs", "outputs"):
+        fields[name] = tuple(TensorSpec.from_json(raw) for raw in fields[name])
+    return fields
+
+
+class Backend(Protocol):
+    """Four verbs; everything about an SDK stays behind them."""
+
+    name: str
+
+    def probe(self) -> Probe:
+        """Say which versions are here, or what is missing and how to get it; never raises."""
+
+    def quantize(
+        self,
+        student: Path,
+        samples: Path,
+        into: Path,
+        *,
+        scheme: str,
+        progress: Callable[[int], object] = ...,
+    ) -> QuantizedModel:
+        """Turn a float32 ONNX into int8.
+
+        Args:
+            student: ONNX, opset 17, NCHW, batch 1.
+            samples: .npy, float32, (N, 1, C, H, W), in the order in which they calibrate.
+            into: folder to write.
+            scheme: one of `SCHEMES`.
+            progress: called with the number of samples just done.
+
+        Raises:
+            BackendError: the tool refused; its own words are in the message.
+        """
+
+    def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the int8 model on the host: (N, C, H, W) in, logits (N, classes) out."""
+
+    def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
+        """Lower the int8 model to device code, and prove that it loads where it can be run."""
+
+
+def backend_tools(name: str) -> tuple[str, ...]:
+    """The distributions whose version can change what this backend makes."""
+    return _TOOLS[name]
+
+
+def require_backend(name: str) -> None:
+    """Refuse a backend that can't work on this machine.
+
+    Raises:
+        BackendMissingError: says what is missing and how to get it.
+    """
+    probe = open_backend(name).probe()
+    if not probe.available:
+        raise BackendMissingError(probe.missing)
+
+
+def open_backend(name: str) -> Backend:
+    """The backend of this name; its module is imported now, not before.
+
+    Raises:
+        ValueError: no such backend; the message lists those there are.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    return cast("Backend", getattr(import_module(module), attribute)())

@@ -1,0 +1,1 @@
+"""The run: stages that talk only through a manifest."""

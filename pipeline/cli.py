@@ -1,0 +1,357 @@
+"""The command line: words in, lines out.
+
+Errors that users can cause, and the exit status each has (CONVENTIONS.md 1.2):
+
+    ValueError
+      ContractError       preprocessing/contract.py   3
+      ConfigError         pipeline/config.py          2
+      InputError          pipeline/stage.py           3
+      ManifestError       pipeline/manifest.py        3
+      BusyError           pipeline/runner.py          3
+    RuntimeError
+      StageError          pipeline/stage.py           1
+      ExtraMissingError   pipeline/stage.py           5
+      GateError           pipeline/runner.py          4, or 7 for the benchmark's verdict
+      BackendError        metis/backend.py            1
+        BackendMissingError                           5
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from metis.backend import BackendError, BackendMissingError
+from pipeline.config import DEFAULT_CONFIG, ConfigError, load_config, nearest
+from pipeline.manifest import ManifestError
+from pipeline.report import parse_report, summary_lines
+from pipeline.runner import BusyError, GateError, Runner, Terminated
+from pipeline.stage import ExtraMissingError, InputError, StageError, load_stages
+from pipeline.staleness import RunState
+from preprocessing.contract import ContractError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pipeline.staleness import Examination
+
+# The first match counts.
+EXIT_STATUS: tuple[tuple[type[BaseException], int], ...] = (
+    (ConfigError, 2),
+    (ContractError, 3),
+    (InputError, 3),
+    (ManifestError, 3),
+    (BusyError, 3),
+    (ExtraMissingError, 5),
+    (BackendMissingError, 5),
+    (BackendError, 1),
+    (StageError, 1),
+)
+
+
+def main() -> None:
+    """Run the command line; every error that a user can cause is one line and an exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in sys.argv
+    try:
+        # click returns what a command gave to ctx.exit.
+        sys.exit(commands.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except click.exceptions.Abort as error:  # what click makes of KeyboardInterrupt
+        terminated = isinstance(error.__cause__, Terminated)
+        _fail("interrupted; `kdpipe run` does what is left", 143 if terminated else 130)
+    except GateError as error:
+        _fail(str(error), error.status)
+    except Exception as error:
+        if debug:
+            raise
+        for kind, status in EXIT_STATUS:
+            if isinstance(error, kind):
+                _fail(str(error), status)
+        _fail(f"{type(error).__name__}: {error}\n  this is a bug in kdpipe; --debug shows where", 1)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(status)
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_config_options = _options(
+    click.option(
+        "-c",
+        "--config",
+        type=click.Path(path_type=Path),
+        default=DEFAULT_CONFIG,
+        show_default=True,
+        help="The kdpipe.yaml to follow.",
+    ),
+    click.option("--run", "run_name", metavar="NAME", help="Another run than the config names."),
+    click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change one value of the config: distill.epochs=20.",
+    ),
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+_debug_option = click.option("--debug", is_flag=True, help="Show tracebacks; keep what failed.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kdpipe")
+def commands() -> None:
+    """From a teacher ensemble in ONNX to an int8 student on Axelera Metis, with proof."""
+
+
+@commands.command()
+@_config_options
+@click.option("--stage", "only", multiple=True, metavar="NAME", help="Just this stage (repeat).")
+@click.option("--from", "first", metavar="NAME", help="From this stage on.")
+@click.option("--to", "last", metavar="NAME", help="Up to and with this stage.")
+@click.option("--force", is_flag=True, help="Run the selected stages even if they are fresh.")
+@click.option("--dry-run", is_flag=True, help="Say what would run and why; write nothing.")
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="gate=NAME[:WHY]",
+    help="Go on although this gate says no; the manifest records it.",
+)
+@_json_option
+@_debug_option
+def run(
+    config: Path,
+    run_name: str | None,
+    changes: Sequence[str],
+    only: Sequence[str],
+    first: str | None,
+    last: str | None,
+    force: bool,
+    dry_run: bool,
+    allow: Sequence[str],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Run what is stale, in order; skip what is fresh."""
+    stages = load_stages()
+    selected = _select(tuple(stages), only, first, last)
+    settings = load_config(config, stages, changes=changes, run=run_name)
+    if dry_run:
+        _dry_run(RunState(settings, stages), selected, force, as_json)
+        return
+    runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
+    ran = runner.run(selected, force=force, allow=_allowed(allow))
+    report = runner.state.artifact("benchmark_report")
+    shown = None
+    if report and "benchmark" in selected:
+        folder = settings.folder / report.path
+        if ran:
+            for line in summary_lines(parse_report((folder / "report.json").read_bytes())):
+                _to_stderr(f"  {line}")
+        shown = _beside_here(folder / "report.html")
+        _to_stderr(f"report: {shown}")
+    if as_json:
+        _print_json({"run": settings.run, "ran": ran, "report": shown})
+
+
+@commands.command()
+@_config_options
+@click.option("--why", metavar="STAGE", help="Every reason of one stage, in full.")
+@_json_option
+@_debug_option
+def status(
+    config: Path,
+    run_name: str | None,
+    changes: Sequence[str],
+    why: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Per stage: fresh, stale, missing, failed or interrupted, and the reason in words."""
+    stages = load_stages()
+    if why is not None:
+        _known(why, tuple(stages))
+    settings = load_config(config, stages, changes=changes, run=run_name)
+    state = RunState(settings, stages)
+    examined = state.examine()
+    state.digests.save()
+    if as_json:
+        _print_json(
+            {"run": settings.run, "stages": {n: _described(e) for n, e in examined.items()}}
+        )
+    elif why is not None:
+        examination = examined[why]
+        click.echo(f"{why} is {examination.state}")
+        for line in [str(d) for d in examination.differences] or [examination.reason]:
+            click.echo(f"  {line}")
+    else:
+        for name, examination in examined.items():
+            click.echo(f"{name:<10} {examination.state:<11} {_shorten(examination.reason)}")
+
+
+@commands.command()
+@_config_options
+@_json_option
+@_debug_option
+def verify(
+    config: Path, run_name: str | None, changes: Sequence[str], as_json: bool, debug: bool
+) -> None:
+    """Hash every artifact again and check the contract in all of them; name what differs."""
+    from pipeline.verification import verify_run
+
+    stages = load_stages()
+    settings = load_config(config, stages, changes=changes, run=run_name)
+    result = verify_run(RunState(settings, stages))
+    if as_json:
+        _print_json({"run": settings.run, "checked": result.checked, "problems": result.problems})
+    else:
+        click.echo(f"{result.checked} files of run {settings.run} checked")
+        for problem in result.problems:
+            click.echo(f"  {problem}")
+    if result.problems:
+        raise ManifestError(
+            f"{len(result.problems)} of the run's files are not what its manifest says: "
+            f"{result.problems[0]}"
+        )
+
+
+@commands.command()
+@_json_option
+@_debug_option
+def doctor(as_json: bool, debug: bool) -> None:
+    """Versions of everything that matters; what of the SDK and the device is here."""
+    from pipeline.doctor import examine_machine
+
+    found = examine_machine()
+    if as_json:
+        _print_json(found)
+        return
+    for section, entries in found.items():
+        click.echo(section)
+        for name, value in entries.items():
+            click.echo(f"  {name:<16} {value}")
+
+
+@commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@_debug_option
+def init(folder: Path, debug: bool) -> None:
+    """Write a commented kdpipe.yaml into FOLDER, ready to edit."""
+    from importlib.resources import files
+
+    target = folder / DEFAULT_CONFIG
+    if target.exists():
+        raise InputError(f"{target} exists; choose another folder, or edit that file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target.write_text(files("pipeline").joinpath("templates/kdpipe.yaml").read_text())
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror}") from error
+    click.echo(f"wrote {target}; fill in its paths, then:  cd {folder} && kdpipe run --dry-run")
+
+
+def _select(
+    order: tuple[str, ...], only: Sequence[str], first: str | None, last: str | None
+) -> list[str]:
+    for name in [*only, *(n for n in (first, last) if n is not None)]:
+        _known(name, order)
+    if only and (first or last):
+        raise ConfigError("--stage stands alone; use it, or --from and --to")
+    if only:
+        return [name for name in order if name in only]
+    start = order.index(first) if first else 0
+    end = order.index(last) if last else len(order) - 1
+    if start > end:
+        raise ConfigError(f"--from {first} --to {last} is empty; the order is {' -> '.join(order)}")
+    return list(order[start : end + 1])
+
+
+def _known(stage: str, order: tuple[str, ...]) -> None:
+    if stage not in order:
+        raise ConfigError(f"there is no stage {stage!r}{nearest(stage, order)}")
+
+
+def _allowed(words: Sequence[str]) -> dict[str, str]:
+    result = {}
+    for word in words:
+        match = re.fullmatch(r"gate=([A-Za-z0-9_]+)(?::(.*))?", word)
+        if match is None:
+            raise ConfigError(f"--allow {word!r}: write gate=NAME or gate=NAME:WHY")
+        result[match[1]] = match[2] or ""
+    return result
+
+
+def _dry_run(state: RunState, selected: Sequence[str], force: bool, as_json: bool) -> None:
+    examined = state.examine()
+    rows: list[dict[str, Any]] = []
+    for name in selected:
+        examination = examined[name]
+        record = state.record(name)
+        runs = force or examination.state != "fresh"
+        rows.append(
+            {
+                "stage": name,
+                "action": "run" if runs else "skip",
+                **_described(examination),
+                "inputs": {
+                    i: artifact.sha256 if (artifact := state.artifact(i)) else None
+                    for i in state.stages[name].inputs
+                },
+                "seconds_last_time": record.seconds if record and record.key else None,
+            }
+        )
+    if as_json:
+        _print_json({"run": state.config.run, "plan": rows})
+        return
+    for row in rows:
+        inputs = ", ".join(f"{n} {(d or 'none')[:8]}" for n, d in row["inputs"].items())
+        seconds = row["seconds_last_time"]
+        click.echo(
+            f"{row['stage']:<10} {row['action']:<5} {row['state']}: {_shorten(row['reason'])}"
+            + (f"  [{inputs}]" if inputs else "")
+            + (f"  (last time {seconds:.0f} s)" if seconds is not None else "")
+        )
+
+
+def _described(examination: Examination) -> dict[str, str]:
+    return {"state": examination.state, "reason": examination.reason}
+
+
+def _shorten(words: str) -> str:
+    """Digests cut to twelve digits, for people."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", words)
+
+
+def _beside_here(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _to_stderr(line: str) -> None:
+    click.echo(_shorten(line), err=True)
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False))

@@ -1,0 +1,71 @@
+"""How good, how equal, how fast: numbers from logits and labels. numpy only."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Two-sided 95 % quantile of the normal distribution.
+Z95 = 1.959963984540054
+
+
+def top1(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
+    """Fraction 0..1 of rows whose largest logit is the label; logits (N, classes), labels (N,)."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def agreement(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """Fraction 0..1 of rows on which two (N, classes) arrays of logits choose the same class."""
+    return float((one.argmax(axis=1) == other.argmax(axis=1)).mean())
+
+
+def undisputed_agreement(
+    reference: NDArray[np.floating], other: NDArray[np.floating], tolerance: float
+) -> float:
+    """Agreement over the rows that are no tie: best and second logit differ by over `tolerance`.
+
+    Within the tolerance that two implementations of one network are allowed, either class is right.
+    """
+    best = np.sort(reference, axis=1)[:, -2:]
+    clear = best[:, 1] - best[:, 0] > tolerance
+    return agreement(reference[clear], other[clear]) if clear.any() else 1.0
+
+
+def sqnr_db(signal: NDArray[np.floating], noisy: NDArray[np.floating]) -> float | None:
+    """Signal to quantization noise ratio in dB: 10 log10(sum s^2 / sum (s - n)^2).
+
+    Returns:
+        None when there is no noise at all.
+    """
+    noise = float(np.square(signal.astype(np.float64) - noisy).sum())
+    power = float(np.square(signal.astype(np.float64)).sum())
+    return 10 * math.log10(power / noise) if noise > 0 and power > 0 else None
+
+
+def paired_difference(
+    one: NDArray[np.bool_], other: NDArray[np.bool_]
+) -> tuple[float, tuple[float, float]]:
+    """How much more often `one` is right than `other` on the same rows, with a 95 % interval.
+
+    Args:
+        one: right or wrong per row, (N,).
+        other: the same rows.
+
+    Returns:
+        The difference of the two fractions, and its interval.
+
+    Source:
+        Bonett and Price 2012, adjusted Wald interval for paired binomial proportions.
+    """
+    n = len(one)
+    only_one = int((one & ~other).sum())
+    only_other = int((other & ~one).sum())
+    p12, p21 = (only_one + 1) / (n + 2), (only_other + 1) / (n + 2)
+    half = Z95 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
+    center = p12 - p21
+    return (only_one - only_other) / n, (max(-1.0, center - half), min(1.0, center + half))
