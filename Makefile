@@ -5,6 +5,8 @@ VENV ?= .venv
 CONFIG ?= kdpipe.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The pinned versions need Python 3.11; with 3.10 pip chooses what fits.
+PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -13,7 +15,7 @@ install: $(STAMP) ## virtual environment and editable install, versions from con
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,dev]'
 	@touch $@
 
 demo: install ## the whole pipeline on bundled real data with the emulator

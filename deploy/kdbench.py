@@ -29,9 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from preprocessing.apply import student_tensor
-from preprocessing.contract import StudentInput, load_contract
-from preprocessing.int8 import TensorSpec, from_device, to_device
+
+try:
+    from preprocessing.apply import student_tensor
+    from preprocessing.contract import StudentInput, load_contract
+    from preprocessing.int8 import TensorSpec, from_device, to_device
+except (ImportError, SyntaxError) as error:
+    print(
+        f"Error: the folder preprocessing/ beside kdbench.py is damaged: {error}", file=sys.stderr
+    )
+    sys.exit(3)
 
 SCHEMA = 1
 

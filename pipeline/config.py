@@ -68,18 +68,20 @@ def load_config(
     for key in tree:
         if key not in known:
             raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), known)}")
-    params: dict[str, Any] = {}
-    for stage_name, stage in stages.items():
-        section = tree.get(stage_name)
-        section = {} if section is None else section
-        _refuse_unknown(section, stage.params, stage_name, name)
-        params[stage_name] = _convert(section, stage.params, stage_name, name)
-    params = {name: _filled(section, params) for name, section in params.items()}
+    sections = {stage: tree.get(stage) or {} for stage in stages}
+    for stage, section in sections.items():
+        _refuse_unknown(section, stages[stage].params, stage, name)
+    run_name = _run_name(run if run is not None else tree.get("run", "default"), name)
+    seed = _convert(tree.get("seed", 0), int, "seed", name)
+    params = {
+        stage: _convert(section, stages[stage].params, stage, name)
+        for stage, section in sections.items()
+    }
     return Config(
         path=path.absolute(),
-        run=_run_name(run if run is not None else tree.get("run", "default"), name),
-        seed=_convert(tree.get("seed", 0), int, "seed", name),
-        params=params,
+        run=run_name,
+        seed=seed,
+        params={stage: _filled(given, params) for stage, given in params.items()},
     )
 
 

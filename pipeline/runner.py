@@ -122,11 +122,24 @@ class Runner:
         if force or any(
             states[name].state != "fresh" or self._rejudged(name, allow) for name in selected
         ):
+            self._check_ready([n for n in selected if force or states[n].state != "fresh"])
             return self._run_locked(selected, force, allow)
         for name in selected:  # nothing to do takes no lock and writes nothing
             self._echo(f"{name:<10} fresh    {states[name].reason}")
             self._refuse(name, allow)
         return []
+
+    def _check_ready(self, names: Sequence[str]) -> None:
+        """Before anything is written: every file is there, and every tool."""
+        for name in names:
+            params = self.config.params[name]
+            for source, path in self.stages[name].sources(params, self.config.root).items():
+                if not path.is_file():
+                    raise InputError(
+                        f"{self.config.path.name}: {name}.{source}: there is no file "
+                        f"{self.state.shown(path)}"
+                    )
+            self.stages[name].ready(params)
 
     def _run_locked(
         self, selected: Sequence[str], force: bool, allow: Mapping[str, str]
@@ -134,9 +147,6 @@ class Runner:
         ran = []
         with self._locked():
             self.state = RunState(self.config, self.stages)
-            for name, state in self.state.examine().items():
-                if name in selected and (force or state.state != "fresh"):
-                    self.stages[name].ready(self.config.params[name])
             for name in selected:
                 state = self.state.examine()[name]
                 self._require_inputs(name)
@@ -344,7 +354,7 @@ class _Attempt:
     def work(self) -> tuple[StageRecord, dict[str, Artifact]]:
         """Run the stage function; check, digest and publish what it made."""
         parts = self._state.key_parts(self._name)
-        sources = self._sources()
+        sources = self._stage.sources(self._params, self._state.config.root)
         inputs = {}
         for name in self._stage.inputs:
             artifact = self._state.artifact(name)
@@ -408,16 +418,6 @@ class _Attempt:
         """Remove what is half written; with --debug it stays until the next attempt."""
         if not self._keep:
             shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _sources(self) -> dict[str, Path]:
-        sources = self._stage.sources(self._params, self._state.config.root)
-        for name, path in sources.items():
-            if not path.is_file():
-                raise InputError(
-                    f"{self._state.config.path.name}: {self._name}.{name}: there is no file "
-                    f"{self._state.shown(path)}"
-                )
-        return sources
 
     def _also_read(self, source: str, path: Path) -> None:
         beside = self._stage.sources(self._params, self._state.config.root)[source].parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -110,6 +111,7 @@ def _run_kdbench(bundle: Path, params: BenchmarkParams, samples: Path) -> str:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_die_with_parent,
     ) as child:
         try:
             out, err = child.communicate()
@@ -122,6 +124,13 @@ def _run_kdbench(bundle: Path, params: BenchmarkParams, samples: Path) -> str:
         last = words[-1].removeprefix("Error: ") if words else "it said nothing"
         raise StageError(f"kdbench.py ended with {child.returncode}: {last}")
     return out.rstrip().rpartition("\n")[2]
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when kdpipe is killed; else it would measure on, unseen."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _report(job: Job, measurement: Any) -> BenchmarkReport:  # noqa: ANN401 - a lazily imported type

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from pipeline.config import nearest
 from pipeline.stage import Facts, Gate, InputError, Job, Stage, require_extra, unkeyed_field
 
 
@@ -40,10 +44,6 @@ def run(job: Job, params: DistillParams) -> Facts:
     from preprocessing.apply import student_tensor
     from preprocessing.contract import StudentInput, load_contract
 
-    if params.hard_weight == 0 and params.soft_weight == 0:
-        raise InputError(
-            "distill: hard_weight and soft_weight are both 0; nothing is left to learn"
-        )
     given = StudentInput.load(job.inputs["student_input"])
     classes = len(load_contract(job.inputs["contract"]).labels)
     splits = {n: DatasetSplit.load(job.inputs["dataset"], n) for n in ("train", "val")}
@@ -84,6 +84,31 @@ def run(job: Job, params: DistillParams) -> Facts:
     }
 
 
+def ready(params: DistillParams) -> None:
+    """The extra is installed, the network exists, and something is left to learn."""
+    require_extra("train", "torch", "timm", "lightning", "onnxsim")
+    networks = timm_networks()
+    if params.student not in networks:
+        raise InputError(
+            f"distill.student: timm has no network {params.student!r}"
+            f"{nearest(params.student, networks)}"
+        )
+    if params.hard_weight == 0 and params.soft_weight == 0:
+        raise InputError(
+            "distill: hard_weight and soft_weight are both 0; nothing is left to learn"
+        )
+
+
+def timm_networks() -> set[str]:
+    """Names of timm's networks, read from its source: importing it would take seconds."""
+    spec = find_spec("timm")
+    if spec is None or spec.origin is None:
+        return set()
+    pattern = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
+    modules = (Path(spec.origin).parent / "models").glob("*.py")
+    return {name for module in modules for name in pattern.findall(module.read_text())}
+
+
 def gates(params: DistillParams, facts: Facts) -> list[Gate]:
     """The ONNX student computes what the torch student computed."""
     export = facts["export"]
@@ -104,6 +129,6 @@ STAGE = Stage(
     params=DistillParams,
     run=run,
     gates=gates,
-    ready=lambda params: require_extra("train", "torch", "timm", "lightning", "onnxsim"),
+    ready=ready,
     tools=lambda params: ("torch", "timm", "onnxsim"),
 )

@@ -1,0 +1,46 @@
+"""Fixtures around the tiny project."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from tiny_project import Project, write_project
+
+# A shared machine stalls now and then; that is no counterexample.
+settings.register_profile("kdpipe", deadline=None, max_examples=60)
+settings.load_profile("kdpipe")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project in which nothing ran yet."""
+    return write_project(tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = write_project(tmp_path_factory.mktemp("finished") / "project")
+    result = project.kdpipe("run", "--debug")
+    assert result.returncode == 0, result.stderr
+    return project
+
+
+@pytest.fixture
+def finished(_finished: Project, tmp_path: Path) -> Project:
+    """A copy of a project whose five stages are fresh."""
+    root = tmp_path / "project"
+    shutil.copytree(_finished.root, root)
+    return Project(root)
+
+
+@pytest.fixture
+def read_only_folder() -> Path:
+    """A folder in which nobody, root included, can make files."""
+    folder = Path("/proc/self/task")
+    if os.access(folder / "x", os.W_OK):  # pragma: no cover
+        pytest.skip("this system lets everybody write to /proc")
+    return folder

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+from pipeline.datasets import DatasetSplit
+from pipeline.stage import InputError
+from pipeline.stages.calibrate import CalibrateParams, choose_samples, gates
+
+
+def split(counts, duplicates=0):
+    labels = np.concatenate([np.full(n, i) for i, n in enumerate(counts)])
+    images = np.arange(len(labels)).repeat(12).reshape(-1, 2, 2, 3).astype(np.uint8)
+    images[:duplicates] = 0
+    return DatasetSplit(images=images, labels=labels, rows=np.arange(len(labels)))
+
+
+def test_every_class_has_its_share_in_a_fixed_order():
+    train = split([100, 60, 40])
+    chosen = choose_samples(train, 20, 3, seed=0)
+    assert np.bincount(train.labels[chosen]).tolist() == [10, 6, 4]
+    assert len(set(chosen.tolist())) == 20
+    assert np.array_equal(chosen, choose_samples(train, 20, 3, seed=0))
+    assert not np.array_equal(chosen, choose_samples(train, 20, 3, seed=1))
+    assert not np.array_equal(chosen, np.sort(chosen))
+
+
+def test_a_rare_class_is_there_too_and_few_samples_are_few():
+    train = split([180, 2, 0, 18])
+    chosen = choose_samples(train, 20, 4, seed=0)
+    histogram = np.bincount(train.labels[chosen], minlength=4)
+    assert histogram.sum() == 20
+    assert histogram[1] >= 1
+    assert histogram[2] == 0
+    assert len(choose_samples(train, 2, 4, seed=0)) == 2
+
+
+def test_no_image_is_taken_twice():
+    train = split([30, 30], duplicates=11)
+    chosen = choose_samples(train, 50, 2, seed=0)
+    contents = {train.images[i].tobytes() for i in chosen}
+    assert len(contents) == 50
+    with pytest.raises(
+        InputError, match=r"calibrate.samples is 51, but .* only 50 different images"
+    ):
+        choose_samples(train, 51, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "interval", "verdict"),
+    [
+        (0.2, [-0.3, 0.9], "passed"),
+        (0.2, [-0.8, 1.2], "undecided"),
+        (2.0, [0.5, 3.5], "undecided"),
+        (2.0, [1.1, 2.9], "failed"),
+        (-0.5, [-1.0, 0.0], "passed"),
+    ],
+)
+def test_the_gate_wants_the_whole_interval_below_the_limit(loss, interval, verdict):
+    facts = {"int8_loss_points": loss, "int8_loss_interval95_points": interval, "n_val": 500}
+    (gate,) = gates(CalibrateParams(), facts)
+    assert gate.message.startswith(f"{verdict}: int8 loses")
+    assert gate.passed == (verdict == "passed")
+
+
+def test_the_record_says_which_samples_calibrated(finished):
+    facts = finished.manifest["stages"]["calibrate"]["facts"]
+    assert facts["calibration"]["samples"] == 32
+    assert facts["calibration"]["split"] == "train"
+    assert sum(facts["calibration"]["classes"]) == 32
+    import hashlib
+    import json
+
+    folder = finished.artifact("calibration_set")
+    samples = np.load(folder / "samples.npy")
+    assert samples.shape == (32, 1, 3, 16, 16)
+    assert hashlib.sha256(samples.tobytes()).hexdigest() == facts["calibration"]["sha256"]
+    rows = json.loads((folder / "samples.json").read_text())["rows"]
+    train = DatasetSplit.load(finished.artifact("dataset"), "train")
+    assert set(rows) <= set(train.rows.tolist())
+
+
+def test_a_loss_beyond_the_limit_ends_with_4_and_keeps_the_model(finished):
+    result = finished.kdpipe("run", "--set", "calibrate.max_int8_loss=0.0001")
+    assert result.returncode == 4
+    assert "calibrate: gate int8_loss did not pass: " in result.stderr
+    assert finished.artifact("quantized_model").exists()
+    assert not finished.manifest["stages"]["calibrate"]["gate"]["int8_loss"]["passed"]
+    allowed = finished.kdpipe(
+        "run", "--set", "calibrate.max_int8_loss=0.0001", "--allow", "gate=int8_loss:a test"
+    )
+    assert allowed.returncode == 0
+    gate = finished.manifest["stages"]["calibrate"]["gate"]["int8_loss"]
+    assert gate["allowed"].endswith("a test")

@@ -1,0 +1,63 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from pipeline.reference import reference_logits
+from pipeline.stage import InputError
+from pipeline.students import build_student, export_student, parameter_count, torch_logits
+from preprocessing.contract import StudentInput
+
+
+def student_input(channels=3, size=16):
+    return StudentInput(
+        modality="optical",
+        bands=tuple(range(channels)),
+        patch_hw=(4, 4),
+        size_hw=(size, size),
+        interpolation="nearest",
+        half_pixel_centers=False,
+        device_resize=False,
+        encoding="contract",
+        grey_lo=(0.0,) * channels,
+        grey_hi=(255.0,) * channels,
+        mean=(128.0,) * channels,
+        std=(60.0,) * channels,
+        contract="0" * 64,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [("test_byobnet", 3, 16), ("resnet10t", 4, 32), ("mobilenetv3_small_050", 1, 32)],
+)
+def test_an_export_is_opset_17_nchw_batch_1_and_equal(tmp_path, name, channels, size):
+    given = student_input(channels, size)
+    network = build_student(name, given, 5, seed=1)
+    path = tmp_path / "student.onnx"
+    export_student(network, given, path)
+    model = onnx.load(path)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
+    source, sink = model.graph.input, model.graph.output
+    assert [value.name for value in (*source, *sink)] == ["input", "logits"]
+    shape = [d.dim_value for d in source[0].type.tensor_type.shape.dim]
+    assert shape == [1, channels, size, size]
+    assert [d.dim_value for d in sink[0].type.tensor_type.shape.dim] == [1, 5]
+    tensors = np.random.default_rng(0).normal(size=(9, channels, size, size)).astype(np.float32)
+    assert torch_logits(network, tensors, batch=4) == pytest.approx(
+        reference_logits(path, tensors), abs=1e-4
+    )
+
+
+def test_the_seed_gives_the_weights():
+    given = student_input()
+    one, same, other = (build_student("test_byobnet", given, 5, seed=s) for s in (1, 1, 2))
+    states = [torch.cat([p.flatten() for p in net.parameters()]) for net in (one, same, other)]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+    assert parameter_count(one) == states[0].numel()
+
+
+def test_a_network_that_cannot_take_the_input_is_refused():
+    with pytest.raises(InputError, match="inception_v3 does not take 3 channels at 16x16"):
+        build_student("inception_v3", student_input(), 5, seed=0)

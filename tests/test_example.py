@@ -1,0 +1,61 @@
+"""The Landsat example is what its files say it is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import load_config
+from pipeline.datasets import open_splits
+from pipeline.metrics import top1
+from pipeline.stage import load_stages
+from pipeline.teachers import open_teacher
+from preprocessing.contract import load_contract
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "landsat"
+
+
+@pytest.fixture(scope="module")
+def params():
+    return load_config(EXAMPLE / "kdpipe.yaml", load_stages()).params["ingest"]
+
+
+@pytest.fixture(scope="module")
+def splits(params):
+    files = {n: EXAMPLE / getattr(params.data, n).path for n in ("train", "test")}
+    return open_splits(params.data, files, 6, seed=0)
+
+
+def test_the_splits_are_the_published_ones(splits):
+    assert splits["test"].rows.tolist() == list(range(4435, 6435))
+    assert len(splits["train"]) + len(splits["val"]) == 4435
+    assert max(splits["val"].rows.max(), splits["train"].rows.max()) < 4435
+
+
+def test_the_contracts_statistics_are_the_training_splits(splits):
+    patches = splits["train"].source.read("optical", splits["train"].rows).astype(np.float64)
+    zscore = json.loads((EXAMPLE / "preprocessing.json").read_text())["zscore"]
+    assert zscore["mu"] == pytest.approx(patches.mean(axis=(0, 1, 2)), abs=5e-5)
+    assert zscore["sigma"] == pytest.approx(patches.std(axis=(0, 1, 2)), abs=5e-5)
+
+
+def test_the_teachers_have_the_top1_that_is_written_beside_them(params, splits):
+    contract = load_contract(EXAMPLE / "preprocessing.json")
+    measured = json.loads((EXAMPLE / "teachers" / "measured.json").read_text())
+    assert [list(t.bands) for t in params.teachers] == [[0, 1, 2], [1, 2, 3], [0, 1, 2, 3]]
+    for given in params.teachers:
+        path = EXAMPLE / given.path
+        assert path.stat().st_size < 2_000_000
+        teacher = open_teacher(path, given, contract, 4)
+        for name in ("val", "test"):
+            split = splits[name]
+            logits = teacher.raw(split.source.read("optical", split.rows), contract)
+            recorded = measured[path.name][f"top1_{name}"]
+            assert top1(logits, split.labels) == pytest.approx(recorded, abs=0.002)
+
+
+def test_attribution_lies_beside_the_data():
+    text = (EXAMPLE / "README.md").read_text()
+    assert "CC BY 4.0" in text
+    assert "Ashwin Srinivasan" in text

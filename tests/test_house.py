@@ -1,0 +1,67 @@
+"""The rules of the house that no linter can see."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import metis
+import pipeline
+import preprocessing
+
+ROOT = Path(__file__).parents[1]
+
+
+def tracked():
+    result = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [ROOT / line for line in result.stdout.splitlines()]
+
+
+def test_the_packages_are_ours():
+    for package in (metis, pipeline, preprocessing):
+        assert Path(package.__file__).parent.parent == ROOT
+
+
+def test_deploy_and_tests_are_no_packages():
+    assert not list((ROOT / "deploy").rglob("__init__.py"))
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_no_file_is_a_drawer():
+    names = {path.name for path in tracked()}
+    assert not names & {"utils.py", "helpers.py", "common.py", "misc.py"}
+
+
+def test_every_source_file_is_in_the_readmes_tree():
+    readme = (ROOT / "README.md").read_text()
+    for package in ("preprocessing", "metis", "pipeline", "deploy"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name != "__init__.py":
+                assert path.name in readme or path.parent.name == "stages", path
+
+
+def test_constraints_name_packages_and_versions_only():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line), line
+
+
+def test_what_travels_imports_nothing_of_kdpipe_but_preprocessing():
+    for path in (*(ROOT / "deploy").glob("*.py"), *(ROOT / "preprocessing").glob("*.py")):
+        imports = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        assert not {"metis", "pipeline"} & set(imports), path
+
+
+def test_declaring_every_stage_loads_nothing_heavy():
+    code = (
+        "import sys; from pipeline.stage import load_stages; load_stages(); "
+        "print([m for m in ('torch', 'numpy', 'onnx', 'onnxruntime', 'timm', 'lightning', 'yaml', "
+        "'matplotlib', 'jinja2', 'PIL') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
