@@ -45,17 +45,9 @@ class Examination:
     state: str  # fresh, stale, missing, failed or interrupted
     reason: str
     differences: tuple[Difference, ...] = ()
-
-    @property
-    def usable(self) -> bool:
-        """Its artifacts may feed a stage that runs alone.
-
-        Another release of a tool makes a stage stale, but a student that was trained on a server
-        stays the student when the next stage runs on a box with other releases.
-        """
-        return self.state == "fresh" or (
-            bool(self.differences) and all(d.tool for d in self.differences)
-        )
+    #: Its artifacts may feed a stage that runs alone: nothing but tool versions differs, here and
+    #: upstream. A student trained on a server stays the student on a box with other releases.
+    usable: bool = False
 
 
 class RunState:
@@ -96,20 +88,22 @@ class RunState:
                 f"it runs now ({holder})" if holder else "its last attempt was killed",
             )
         wanted = self.key_parts(name)
+        makers = [earlier[self.maker[needed]] for needed in self.stages[name].inputs]
         if record.status != "ok" and (not record.key or record.attempt_key == key_of(wanted)):
             return Examination(name, record.status, record.reason)
         differences = tuple(self._differences(record, wanted))
         if differences:
             reason = "; ".join(str(d) for d in differences)
-            return Examination(name, "stale", reason, differences)
-        for needed in self.stages[name].inputs:
-            maker = self.maker[needed]
-            if earlier[maker].state != "fresh":
-                return Examination(name, "stale", f"{maker} comes first and is not fresh")
+            usable = all(d.tool for d in differences) and all(m.usable for m in makers)
+            return Examination(name, "stale", reason, differences, usable)
         for output in record.outputs:
             if problem := self.damage(output):
                 return Examination(name, "stale", problem)
-        return Examination(name, "fresh", f"made {record.finished}")
+        for maker in makers:
+            if maker.state != "fresh":
+                reason = f"{maker.stage} comes first and is not fresh"
+                return Examination(name, "stale", reason, usable=all(m.usable for m in makers))
+        return Examination(name, "fresh", f"made {record.finished}", usable=True)
 
     def holder(self) -> str:
         """The other process that works on the run folder now, `pid N since TIME`, or nothing."""

@@ -360,5 +360,5 @@ STAGE = Stage(
     params=IngestParams,
     run=run,
     sources=sources,
-    tools=lambda params: ("numpy", "onnxruntime"),
+    tools=lambda params: ("onnxruntime",),
 )

@@ -214,8 +214,11 @@ def test_another_release_of_a_tool_is_a_reason(bench, monkeypatch):
     monkeypatch.setattr("pipeline.staleness.installed", lambda name: "99.0")
     assert bench.states() == {"read": "fresh", "double": "stale", "last": "stale"}
     assert "numpy was " in bench.reason("double")
-    # But what it made may feed a later stage on this other machine.
+    # But what it made may feed a later stage on this other machine, and so on down the line.
     assert bench.run("last", force=True) == ["last"]
+    bench.params["read"] = ReadParams(suffix="!")
+    with pytest.raises(InputError, match="double is stale"):
+        bench.run("last", force=True)
 
 
 def test_a_tool_that_is_not_here_cannot_have_changed_anything(bench, monkeypatch):
