@@ -32,7 +32,7 @@ from pipeline.manifest import (
     write_atomically,
 )
 from pipeline.stage import ExtraMissingError, Gate, InputError, Job, StageError
-from pipeline.staleness import RunState, key_of
+from pipeline.staleness import HOLDER_FILE, RunState, key_of
 from preprocessing.contract import ContractError
 
 if TYPE_CHECKING:
@@ -162,22 +162,26 @@ class Runner:
     def _locked(self) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
-        manifest = self.state.shown(self.folder)
+        shown = self.state.shown(self.folder)
+        # Not in the lock itself: some releases of filelock empty it when they try to take it.
+        holder = self.folder / HOLDER_FILE
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / "lock", timeout=0)
-            with lock:
-                (self.folder / "lock").write_text(f"pid {os.getpid()} since {_now()}\n")
-                yield
+            lock.acquire()
+            holder.write_text(f"pid {os.getpid()} since {_now()}\n")
         except Timeout as error:
-            holder = (self.folder / "lock").read_text().strip()
             raise BusyError(
-                f"{manifest} is in use by another kdpipe ({holder}); wait for it, or stop it"
+                f"{shown} is in use by another kdpipe ({self.state.holder() or 'it just started'}); "
+                "wait for it, or stop it"
             ) from error
         except OSError as error:
-            if isinstance(error, Timeout):
-                raise
-            raise InputError(f"can't write to {manifest}: {_os_words(error)}") from error
+            raise InputError(f"can't write to {shown}: {_os_words(error)}") from error
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
 
     def _require_inputs(self, name: str) -> None:
         """Refuse to run a stage whose inputs are missing, stale or damaged; say what makes them."""

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pipeline.manifest import Artifact, Manifest, StageRecord
     from pipeline.stage import Stage
 
+#: Beside a run's lock: which process holds it.
+HOLDER_FILE = "lock.holder"
+
 #: Digest of a source that is not there.
 ABSENT = "missing"
 
@@ -108,7 +111,7 @@ class RunState:
     def holder(self) -> str:
         """The other process that works on the run folder now, `pid N since TIME`, or nothing."""
         try:
-            words = (self.folder / "lock").read_text().strip()
+            words = (self.folder / HOLDER_FILE).read_text().strip()
             pid = int(words.split()[1])
             os.kill(pid, 0)
         except (OSError, IndexError, ValueError):

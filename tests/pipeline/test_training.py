@@ -85,7 +85,8 @@ def test_it_learns_and_keeps_the_best_epoch(tmp_path):
     assert len(curve) == 6
     assert facts["best_epoch"] == int(np.argmax(curve)) + 1
     assert {"loss", "hard_loss", "soft_loss"} <= set(rows[0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "student.safetensors"]
+    assert (tmp_path / "student.safetensors").exists()
+    assert not list(tmp_path.glob("*.ckpt"))  # it would name folders of this machine
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_parts(tmp_path):
