@@ -171,9 +171,9 @@ class Runner:
             lock.acquire()
             holder.write_text(f"pid {os.getpid()} since {_now()}\n")
         except Timeout as error:
+            who = self.state.holder() or "it just started"
             raise BusyError(
-                f"{shown} is in use by another kdpipe ({self.state.holder() or 'it just started'}); "
-                "wait for it, or stop it"
+                f"{shown} is in use by another kdpipe ({who}); wait for it, or stop it"
             ) from error
         except OSError as error:
             raise InputError(f"can't write to {shown}: {_os_words(error)}") from error
