@@ -28,12 +28,19 @@ class DevicePipeline:
     dataset: str  # folder beside the YAML, with calibration/, val/ and labels.txt
     scheme: str
     aipu_cores: int
+    sdk_release: str = "1.8"  # before 1.3 compilation_config comes in sections
+    path_prefix: str = ""  # put before the names of files: where the folder will lie
+
+    def at(self, name: str) -> str:
+        """A file's name as the YAML gives it: relative to the YAML, or below the prefix."""
+        return f"{self.path_prefix.rstrip('/')}/{name}" if self.path_prefix else name
 
 
 def yaml_obstacle(given: StudentInput) -> str:
     """Why this input can't go through the YAML pipeline, or nothing.
 
-    The SDK's image readers give three channels (or one, by conversion), 8 bit.
+    The SDK's image readers give three channels (or one, by conversion), 8 bit. Its normalize takes
+    four values too, but no reader gives a fourth channel: alpha is dropped, or 255 everywhere.
     """
     channels = len(given.bands)
     if channels in (1, 3):
@@ -77,7 +84,7 @@ def render_yaml(given: StudentInput, pipeline: DevicePipeline) -> str:
             f"  {pipeline.name}:",
             "    class: AxONNXModel",
             "    class_path: $AXELERA_FRAMEWORK/ax_models/base_onnx.py",
-            f"    weight_path: {pipeline.weight_path}",
+            f"    weight_path: {pipeline.at(pipeline.weight_path)}",
             "    task_category: Classification",
             "    input_tensor_layout: NCHW",
             f"    input_tensor_shape: [1, {len(given.bands)}, {height}, {width}]",
@@ -85,12 +92,7 @@ def render_yaml(given: StudentInput, pipeline: DevicePipeline) -> str:
             f"    num_classes: {pipeline.labels}",
             f"    dataset: {pipeline.dataset}",
             "    extra_kwargs:",
-            "      compilation_config:",
-            f"        quantization_scheme: {pipeline.scheme}",
-            f"        aipu_cores_used: {pipeline.aipu_cores}",
-            "        resources_used: 0.25"
-            if pipeline.aipu_cores == 1
-            else "        resources_used: 1.0",
+            *_compilation(pipeline),
             "datasets:",
             f"  {pipeline.dataset}:",
             "    class: TorchvisionDataAdapter",
@@ -100,11 +102,34 @@ def render_yaml(given: StudentInput, pipeline: DevicePipeline) -> str:
             # Below --data-root; the keys that end in _path are relative to this file.
             f"    data_dir_name: {pipeline.dataset}",
             "    val_data: val",
-            f"    repr_imgs_dir_path: {pipeline.dataset}/calibration",
-            f"    labels_path: {pipeline.dataset}/labels.txt",
+            f"    repr_imgs_dir_path: {pipeline.at(f'{pipeline.dataset}/calibration')}",
+            f"    labels_path: {pipeline.at(f'{pipeline.dataset}/labels.txt')}",
             "",
         ]
     )
+
+
+def _compilation(pipeline: DevicePipeline) -> list[str]:
+    """Compiler settings, under the names and in the form of the SDK's release."""
+    if tuple(int(n) for n in pipeline.sdk_release.split(".")) < (1, 3):
+        return [
+            f"      aipu_cores: {pipeline.aipu_cores}",
+            f"      max_compiler_cores: {pipeline.aipu_cores}",
+            "      compilation_config:",
+            # A section replaces the SDK's own, so its other values are said again.
+            "        quantization_config:",
+            f"          ptq_scheme: {pipeline.scheme}",
+            "          quantizer_version: 2",
+            "          remove_quantization_of_inputs_outputs_from_graph: True",
+            "          quantization_debug: False",
+        ]
+    share = "0.25" if pipeline.aipu_cores == 1 else "1.0"
+    return [
+        "      compilation_config:",
+        f"        quantization_scheme: {pipeline.scheme}",
+        f"        aipu_cores_used: {pipeline.aipu_cores}",
+        f"        resources_used: {share}",
+    ]
 
 
 def _preprocess(given: StudentInput, *, gray: bool) -> list[str]:

@@ -12,6 +12,7 @@ Errors that users can cause, and the exit status each has (CONVENTIONS.md 1.2):
       StageError          pipeline/stage.py           1
       ExtraMissingError   pipeline/stage.py           5
       GateError           pipeline/runner.py          4, or 7 for the benchmark's verdict
+      ParityError         here                        4
       BackendError        metis/backend.py            1
         BackendMissingError                           5
 """
@@ -22,6 +23,7 @@ import json
 import re
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,11 @@ if TYPE_CHECKING:
 
     from pipeline.staleness import Examination
 
+
+class ParityError(RuntimeError):
+    """What was trained is not what is deployed."""
+
+
 # The first match counts.
 EXIT_STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (ConfigError, 2),
@@ -50,6 +57,7 @@ EXIT_STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (BusyError, 3),
     (ExtraMissingError, 5),
     (BackendMissingError, 5),
+    (ParityError, 4),
     (BackendError, 1),
     (StageError, 1),
 )
@@ -211,28 +219,52 @@ def status(
 
 @commands.command()
 @_config_options
+@click.option(
+    "--parity",
+    is_flag=True,
+    help="Also prove that training tensor, PNG, YAML, ONNX and int8 agree, computed anew.",
+)
 @_json_option
 @_debug_option
 def verify(
-    config: Path, run_name: str | None, changes: Sequence[str], as_json: bool, debug: bool
+    config: Path,
+    run_name: str | None,
+    changes: Sequence[str],
+    parity: bool,
+    as_json: bool,
+    debug: bool,
 ) -> None:
     """Hash every artifact again and check the contract in all of them; name what differs."""
-    from pipeline.verification import verify_run
+    from pipeline.verification import verify_parity, verify_run
 
     stages = load_stages()
     settings = load_config(config, stages, changes=changes, run=run_name)
-    result = verify_run(RunState(settings, stages))
+    state = RunState(settings, stages)
+    result = verify_run(state)
+    legs = verify_parity(state) if parity and not result.problems else []
     if as_json:
-        _print_json({"run": settings.run, "checked": result.checked, "problems": result.problems})
+        document = {"run": settings.run, "checked": result.checked, "problems": result.problems}
+        rows = [
+            {**asdict(leg), "limit": limit, "passed": passed, "words": leg.words()}
+            for leg, limit, passed in legs
+        ]
+        _print_json({**document, "parity": rows} if parity else document)
     else:
         click.echo(f"{result.checked} files of run {settings.run} checked")
         for problem in result.problems:
             click.echo(f"  {problem}")
+        for leg, limit, passed in legs:
+            word = {True: "passed", False: "FAILED", None: "-"}[passed]
+            click.echo(f"{leg.name:<7} {word:<7} {leg.source} / {leg.target} (n {leg.n})")
+            click.echo(f"        {leg.words()}" + (f"; limit {limit}" if limit else ""))
     if result.problems:
         raise ManifestError(
             f"{len(result.problems)} of the run's files are not what its manifest says: "
             f"{result.problems[0]}"
         )
+    failed = [leg for leg, _, passed in legs if passed is False]
+    if failed:
+        raise ParityError("; ".join(f"parity, {leg.name}: {leg.words()}" for leg in failed))
 
 
 @commands.command()
@@ -268,6 +300,39 @@ def init(folder: Path, debug: bool) -> None:
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror}") from error
     click.echo(f"wrote {target}; fill in its paths, then:  cd {folder} && kdpipe run --dry-run")
+
+
+@commands.group()
+def synth() -> None:
+    """Make synthetic data, for tests and for trying kdpipe; never measured data."""
+
+
+@synth.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--patches", type=click.IntRange(min=1), required=True, help="How many.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of cities and patches.")
+@_debug_option
+def so2sat(out: Path, patches: int, seed: int, debug: bool) -> None:
+    """Write synthetic patches in the form of So2Sat LCZ42 (sen1, sen2, label) to OUT, an HDF5 file.
+
+    Two seeds are different cities of the same 17 classes.
+    """
+    from tqdm import tqdm
+
+    from pipeline.synthetic import write_so2sat
+
+    if out.exists():
+        raise InputError(f"{out} exists; choose another name")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with tqdm(total=patches, desc="synthetic patches", disable=None, leave=False) as bar:
+            write_so2sat(partial, patches, seed, bar.update)
+        partial.replace(out)
+    except OSError as error:
+        raise InputError(f"can't write {out}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    click.echo(f"wrote {out}: {patches} synthetic patches, seed {seed}")
 
 
 def _select(

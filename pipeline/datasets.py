@@ -1,257 +1,485 @@
-"""Sources of labelled patches, and how they are split into train, val and test."""
+"""Sources of patches: NumPy files, So2Sat HDF5, folders of images.
+
+A source never holds a whole file in memory: arrays are mapped, HDF5 is read in contiguous slabs,
+images are decoded when they are asked for.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import tempfile
 import zipfile
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import zlib
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal
 
+import h5py
 import numpy as np
 
+from pipeline.image_files import SUFFIXES, read_image
 from pipeline.stage import InputError
+from pipeline.synthetic import MARK
+from preprocessing.images import class_folders
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from pipeline.sources import DataParams, SplitParams
+    from pipeline.sources import DataParams
 
-SPLITS = ("train", "val", "test")
+    #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
+    Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
 
-
-class NpzSource:
-    """Patches in a NumPy .npz file: one array per modality, (N, H, W, bands), and class indices."""
-
-    def __init__(self, path: Path, modalities: Mapping[str, str], labels: str) -> None:
-        """Open and check the file.
-
-        Args:
-            path: the .npz file.
-            modalities: name of a modality -> key of its array in the file.
-            labels: key of the class indices in the file.
-
-        Raises:
-            InputError: not an .npz file, a key is not in it, or an array has another form.
-        """
-        self.path = path
-        self._keys = dict(modalities)
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in archive.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path.name} is not a readable .npz file: {error}") from error
-        self._patches = {
-            name: self._rank4(arrays, key, f"data.modalities.{name}")
-            for name, key in modalities.items()
-        }
-        self.labels = self._class_indices(arrays, labels)
-        for name, patches in self._patches.items():
-            if len(patches) != len(self.labels):
-                raise InputError(
-                    f"{path.name}: {self._keys[name]!r} has {len(patches)} patches and "
-                    f"{labels!r} has {len(self.labels)} labels"
-                )
-
-    def __len__(self) -> int:
-        """The number of patches."""
-        return len(self.labels)
-
-    def shape(self, modality: str) -> tuple[int, int, int]:
-        """Height, width and number of bands of a modality's patches."""
-        _, height, width, bands = self._array(modality).shape
-        return height, width, bands
-
-    def read(self, modality: str, rows: NDArray[np.int64]) -> NDArray[np.generic]:
-        """Patches of some rows, stored values, (len(rows), H, W, bands).
-
-        Raises:
-            InputError: a patch holds NaN or infinity.
-        """
-        patches = self._array(modality)[rows]
-        if patches.dtype.kind == "f":
-            bad = ~np.isfinite(patches).all(axis=(1, 2, 3))
-            if bad.any():
-                raise InputError(
-                    f"{self.path.name}: {self._keys[modality]!r} has NaN or infinity in "
-                    f"{int(bad.sum())} of {len(rows)} patches, the first in row {rows[bad][0]}"
-                )
-        return patches
-
-    def _array(self, modality: str) -> NDArray[np.generic]:
-        if modality not in self._patches:
-            raise InputError(
-                f"{self.path.name}: data.modalities has no {modality!r}; "
-                f"it has {', '.join(self._patches)}"
-            )
-        return self._patches[modality]
-
-    def _rank4(self, arrays: Mapping[str, NDArray[Any]], key: str, where: str) -> NDArray[Any]:
-        array = self._get(arrays, key, where)
-        if array.ndim != 4 or array.dtype.kind not in "uif":
-            raise InputError(
-                f"{self.path.name}: {key!r} must be numbers of shape (patches, height, width, "
-                f"bands), not {array.dtype} of shape {array.shape}"
-            )
-        return array
-
-    def _class_indices(self, arrays: Mapping[str, NDArray[Any]], key: str) -> NDArray[np.int64]:
-        labels = self._get(arrays, key, "data.labels")
-        if labels.ndim != 1 or labels.dtype.kind not in "ui":
-            raise InputError(
-                f"{self.path.name}: {key!r} must be one class index per patch, "
-                f"not {labels.dtype} of shape {labels.shape}"
-            )
-        return labels.astype(np.int64)
-
-    def _get(self, arrays: Mapping[str, NDArray[Any]], key: str, where: str) -> NDArray[Any]:
-        if key not in arrays:
-            raise InputError(
-                f"{self.path.name} has no array {key!r} ({where}); it has {', '.join(arrays)}"
-            )
-        return arrays[key]
+#: HDF5 slabs are read whole when at least this share of their rows is wanted.
+_DENSE = 0.25
 
 
 @dataclass(frozen=True)
-class Split:
-    """Some rows of a source, in ascending order."""
+class PatchSource:
+    """Patches in one file or folder, by row."""
 
-    name: str
-    source: NpzSource
-    rows: NDArray[np.int64]
+    path: Path
+    count: int
+    shapes: Mapping[str, tuple[int, int, int]]  # height, width, bands of each modality
+    labels: NDArray[np.int64] | None  # class index per row; None for unlabelled patches
+    reader: Reader
+    synthetic: str = ""  # how the patches were made up, when they were
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class index of every row."""
-        return self.source.labels[self.rows]
+    def shape(self, modality: str) -> tuple[int, int, int]:
+        """Height, width and number of bands of a modality's patches.
 
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.rows)
+        Raises:
+            InputError: lists the modalities there are.
+        """
+        if modality not in self.shapes:
+            raise InputError(
+                f"{self.path.name} has no modality {modality!r} (data.modalities); "
+                f"it has {', '.join(self.shapes)}"
+            )
+        return self.shapes[modality]
+
+    def read(
+        self, modality: str, rows: NDArray[np.int64], bands: Sequence[int]
+    ) -> NDArray[np.generic]:
+        """Some bands of some rows: stored values, (len(rows), H, W, len(bands)).
+
+        Args:
+            modality: which.
+            rows: ascending, int64.
+            bands: zero-based, in the order wanted.
+
+        Raises:
+            InputError: the modality is not there, or the data can't be read.
+        """
+        self.shape(modality)
+        return self.reader(modality, rows, bands)
 
 
-def open_splits(
-    data: DataParams, files: Mapping[str, Path], classes: int, seed: int
-) -> dict[str, Split]:
-    """Open the sources and divide them; every label is checked, no row is in two splits.
+def open_source(
+    data: DataParams, path: Path, labels: Path | None, classes: Sequence[str]
+) -> PatchSource:
+    """Open one file or folder, in the format that the data section names.
 
     Args:
         data: the section `ingest.data`.
-        files: path of every split that names one.
-        classes: labels must lie in 0 .. classes - 1.
-        seed: of the random choice for splits given as a fraction.
+        path: the file or folder.
+        labels: format npy: the file of class indices, if there is one.
+        classes: names; format image-folder knows its folders by them.
 
     Raises:
-        InputError: a source is not as described, a label is out of range, a split is empty, lacks
-            a class in training, or shares rows with another.
+        InputError: not a source of this format, or not as described.
     """
-    sources = {
-        path: NpzSource(path, data.modalities, data.labels)
-        for path in dict.fromkeys(files.values())
-    }
-    for source in sources.values():
-        _check_labels(source, data.labels, classes)
-    given: dict[str, SplitParams] = {name: getattr(data, name) for name in SPLITS}
-    splits: dict[str, Split] = {}
-    for name, params in given.items():
-        if params.fraction is None:
-            source = sources[files[name]]
-            splits[name] = Split(name, source, _rows(name, params, source))
-    for name, params in given.items():
-        if params.fraction is not None:
-            train = splits["train"]
-            taken, left = _stratified(train.rows, train.labels, params.fraction, seed)
-            splits[name] = Split(name, train.source, taken)
-            splits["train"] = Split("train", train.source, left)
-    _check_splits(splits, classes)
-    return {name: splits[name] for name in SPLITS}
+    if data.format == "so2sat-h5":
+        modalities = data.modalities or {"optical": "sen2", "sar": "sen1"}
+        return open_so2sat(path, modalities, data.labels or "label")
+    modalities = data.modalities or {"optical": "images"}
+    if data.format == "npz":
+        return open_npz(path, modalities, data.labels or "labels")
+    if len(modalities) != 1:
+        raise InputError(f"format {data.format} holds one modality; data.modalities names more")
+    (modality,) = modalities
+    if data.format == "npy":
+        return open_npy(path, modality, labels)
+    return open_image_folder(path, modality, classes)
 
 
-def _check_labels(source: NpzSource, key: str, classes: int) -> None:
-    bad = np.flatnonzero((source.labels < 0) | (source.labels >= classes))
+def open_npz(path: Path, modalities: Mapping[str, str], labels: str) -> PatchSource:
+    """A NumPy archive: per modality an array (N, H, W, bands), and class indices (N,).
+
+    Raises:
+        InputError: no archive, an array missing, of another form or of another length.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {
+                info.filename.removesuffix(".npy"): info
+                for info in archive.infolist()
+                if info.filename.endswith(".npy")
+            }
+            for name, key in modalities.items():
+                if key not in members:
+                    raise InputError(
+                        f"{path.name} has no array {key!r} (data.modalities.{name}); "
+                        f"it has {', '.join(members)}"
+                    )
+            arrays = {
+                name: _map_member(archive, path, members[key]) for name, key in modalities.items()
+            }
+            indices = _map_member(archive, path, members[labels]) if labels in members else None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, _NpyError) as error:
+        raise InputError(f"{path.name} is not a readable .npz file: {error}") from error
+    return _array_source(path, arrays, indices, modalities, labels)
+
+
+def open_npy(path: Path, modality: str, labels: Path | None) -> PatchSource:
+    """One .npy of patches (N, H, W, bands), and one of class indices (N,).
+
+    Raises:
+        InputError: no .npy, another form, or another length.
+    """
+    arrays = {modality: _map_npy(path)}
+    if labels is None:
+        return _array_source(path, arrays, None, {modality: path.name}, "")
+    return _array_source(path, arrays, _map_npy(labels), {modality: path.name}, labels.name)
+
+
+def _array_source(
+    path: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    indices: NDArray[Any] | None,
+    names: Mapping[str, str],
+    labels_name: str,
+) -> PatchSource:
+    for modality, array in arrays.items():
+        _check_patches(path, names[modality], array)
+    labels = None if indices is None else _class_indices(path, indices, labels_name)
+    lengths = {names[modality]: len(array) for modality, array in arrays.items()}
+    if labels is not None:
+        lengths[labels_name] = len(labels)
+    return PatchSource(
+        path=path,
+        count=_common_length(path, lengths),
+        shapes={m: (a.shape[1], a.shape[2], a.shape[3]) for m, a in arrays.items()},
+        labels=labels,
+        reader=lambda modality, rows, bands: arrays[modality][rows][..., list(bands)],
+    )
+
+
+def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> PatchSource:
+    """So2Sat LCZ42 in HDF5: sen1 (N, 32, 32, 8), sen2 (N, 32, 32, 10), label (N, 17) one-hot.
+
+    Raises:
+        InputError: truncated or no HDF5, a dataset missing, of another rank or length, labels that
+            are not one-hot.
+    """
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"{path.name} is not a readable HDF5 file: {error}") from error
+    datasets = {name: _dataset(path, file, key) for name, key in modalities.items()}
+    for name, dataset in datasets.items():
+        _check_patches(path, modalities[name], dataset)
+    lengths = {modalities[name]: len(dataset) for name, dataset in datasets.items()}
+    indices = None
+    if labels in file:
+        indices = _from_one_hot(path, np.asarray(_dataset(path, file, labels)), labels)
+        lengths[labels] = len(indices)
+
+    def read(modality: str, rows: NDArray[np.int64], bands: Sequence[int]) -> NDArray[np.generic]:
+        parts = []
+        # Contiguous slabs, never a list of indices: on files with a chunk per patch h5py is slower
+        # with a sorted list than with opening the file for each sample.
+        for run in _dense_runs(rows):
+            try:
+                slab = datasets[modality][int(run[0]) : int(run[-1]) + 1]
+            except OSError as error:
+                raise InputError(
+                    f"{path.name}: {modalities[modality]!r} can't be read in rows {run[0]} to "
+                    f"{run[-1]} (truncated?): {error}"
+                ) from error
+            parts.append(slab[run - run[0]][..., list(bands)])
+        return np.concatenate(parts)
+
+    return PatchSource(
+        path=path,
+        count=_common_length(path, lengths),
+        shapes={m: (d.shape[1], d.shape[2], d.shape[3]) for m, d in datasets.items()},
+        labels=indices,
+        reader=read,
+        synthetic=str(file.attrs.get(MARK, "")),
+    )
+
+
+def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
+    found = file.get(key)
+    if not isinstance(found, h5py.Dataset):
+        raise InputError(f"{path.name} has no dataset {key!r}; it has {', '.join(file)}")
+    return found
+
+
+def open_image_folder(path: Path, modality: str, classes: Sequence[str]) -> PatchSource:
+    """Class folders of PNG, JPEG or TIFF images: 8 or 16 bit, 1 to 4 channels, all of one size.
+
+    Folders are called like the classes, or as `class_folders` calls them.
+
+    Raises:
+        InputError: no folder, folders that are no classes, a class without a folder, no image.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path.name} is a file; format image-folder needs a folder of classes")
+    found = sorted(p.name for p in path.iterdir() if p.is_dir())
+    named = list(classes) if set(found) == set(classes) else class_folders(classes)
+    if set(found) != set(named):
+        raise InputError(
+            f"{path.name}: its folders are {', '.join(found) or 'none'}; needed is one per class, "
+            f"called {', '.join(classes)} or {', '.join(class_folders(classes))}"
+        )
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(named):
+        images = [p for p in sorted((path / name).iterdir()) if p.suffix.lower() in SUFFIXES]
+        files += images
+        labels += [label] * len(images)
+    if not files:
+        raise InputError(f"{path.name}: no image ({', '.join(SUFFIXES)}) in its folders")
+    height, width, channels = _image(path, files[0]).shape
+
+    def read(modality: str, rows: NDArray[np.int64], bands: Sequence[int]) -> NDArray[np.generic]:
+        images = []
+        for row in rows.tolist():
+            image = _image(path, files[row])
+            if image.shape != (height, width, channels):
+                raise InputError(
+                    f"{files[row].relative_to(path.parent)} is {image.shape} (height, width, "
+                    f"channels), the first image is {(height, width, channels)}; all must be equal"
+                )
+            images.append(image[..., list(bands)])
+        return np.stack(images)
+
+    return PatchSource(
+        path=path,
+        count=len(files),
+        shapes={modality: (height, width, channels)},
+        labels=np.array(labels, np.int64),
+        reader=read,
+    )
+
+
+def _image(folder: Path, file: Path) -> NDArray[Any]:
+    try:
+        return read_image(file)
+    except (OSError, ValueError) as error:
+        shown = file.relative_to(folder.parent)
+        raise InputError(f"{shown} is not a readable image: {error}") from error
+
+
+class _NpyError(ValueError):
+    """An array of an archive can't be mapped."""
+
+
+def _map_member(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo) -> NDArray[Any]:
+    """Map one array of an archive: in place when stored, from an unnamed temporary file else."""
+    with archive.open(info) as member:
+        try:
+            version = np.lib.format.read_magic(member)
+            header = np.lib.format.read_array_header_1_0
+            if version != (1, 0):
+                header = np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = header(member)
+        except ValueError as error:
+            raise _NpyError(f"{info.filename}: {error}") from error
+        if dtype.hasobject:
+            raise _NpyError(f"{info.filename} holds Python objects")
+        order: Literal["C", "F"] = "F" if fortran else "C"
+        if not np.prod(shape):
+            return np.empty(shape, dtype)
+        if info.compress_type != zipfile.ZIP_STORED:
+            with tempfile.TemporaryFile() as unpacked:  # the map outlives the open file
+                shutil.copyfileobj(member, unpacked, 1 << 20)
+                return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
+        header_bytes = member.tell()
+    with path.open("rb") as file:
+        # The local header's own lengths count: they may differ from the central directory's.
+        file.seek(info.header_offset + 26)
+        name_bytes, extra_bytes = (int(n) for n in np.frombuffer(file.read(4), "<u2"))
+    offset = info.header_offset + 30 + name_bytes + extra_bytes + header_bytes
+    try:
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order=order)
+    except ValueError as error:
+        raise _NpyError(f"{info.filename}: {error}") from error
+
+
+def _map_npy(path: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path.name} is not a readable .npy file: {error}") from error
+    return array
+
+
+def _check_patches(path: Path, name: str, array: NDArray[Any] | h5py.Dataset) -> None:
+    if array.ndim != 4 or array.dtype.kind not in "uif":
+        raise InputError(
+            f"{path.name}: {name!r} must be numbers of shape (patches, height, width, bands), "
+            f"not {array.dtype} of shape {array.shape}"
+        )
+
+
+def _common_length(path: Path, lengths: Mapping[str, int]) -> int:
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name!r} has {count}" for name, count in lengths.items())
+        raise InputError(f"{path.name}: its arrays differ in length: {counts}")
+    return next(iter(lengths.values()))
+
+
+def _class_indices(path: Path, labels: NDArray[Any], name: str) -> NDArray[np.int64]:
+    if labels.ndim != 1 or labels.dtype.kind not in "ui":
+        raise InputError(
+            f"{path.name}: {name!r} must be one class index per patch, not {labels.dtype} of shape "
+            f"{labels.shape}"
+        )
+    indices: NDArray[np.int64] = labels.astype(np.int64)
+    return indices
+
+
+def _from_one_hot(path: Path, labels: NDArray[Any], name: str) -> NDArray[np.int64]:
+    if labels.ndim != 2:
+        raise InputError(
+            f"{path.name}: {name!r} must be one-hot, (patches, classes), not of shape "
+            f"{labels.shape}"
+        )
+    binary = ((labels == 0) | (labels == 1)).all(axis=1)
+    bad = np.flatnonzero(~(binary & (labels.sum(axis=1) == 1)))
     if len(bad):
         raise InputError(
-            f"{source.path.name}: {key!r} holds {source.labels[bad[0]]} in row {bad[0]} "
-            f"({len(bad)} such rows), but preprocessing.json labels {classes} classes: 0 to "
-            f"{classes - 1}"
+            f"{path.name}: {name!r} is not one-hot in {len(bad)} rows, the first is row {bad[0]}: "
+            f"{labels[bad[0]].tolist()}"
         )
+    indices: NDArray[np.int64] = labels.argmax(axis=1).astype(np.int64)
+    return indices
 
 
-def _rows(name: str, params: SplitParams, source: NpzSource) -> NDArray[np.int64]:
-    start, stop = params.rows or (0, len(source))
-    if not 0 <= start < stop <= len(source):
-        raise InputError(
-            f"data.{name}.rows is [{start}, {stop}], but {source.path.name} has rows 0 to "
-            f"{len(source)}; give [first, one past the last]"
-        )
-    return np.arange(start, stop, dtype=np.int64)
+def _dense_runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut ascending rows so that each piece covers its span densely enough to read it whole."""
+    if not len(rows):
+        return
+    if len(rows) >= _DENSE * (rows[-1] - rows[0] + 1):
+        yield rows
+        return
+    breaks = np.flatnonzero(np.diff(rows) > 1 / _DENSE) + 1
+    yield from np.split(rows, breaks) if len(breaks) else [rows]
 
 
-def _stratified(
-    rows: NDArray[np.int64], labels: NDArray[np.int64], fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Take a share of every class at random; at least one row of each stays."""
+def stream(
+    source: PatchSource,
+    modality: str,
+    rows: NDArray[np.int64],
+    bands: Sequence[int],
+    *,
+    batch: int,
+    block: int = 128,
+    buffer: int = 64,
+    seed: int = 0,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
+    """Batches in an order that is random enough to train on, from contiguous reads.
+
+    The rows are cut into blocks of neighbours, the blocks are shuffled, and every batch is drawn at
+    random from a buffer that holds about `buffer` of them. How random that is: a batch of b patches
+    comes from about `buffer * (1 - (1 - 1 / buffer) ** b)` different blocks, chosen at random from
+    the whole file (64 patches from about 40 blocks with the defaults); with `buffer * block >= N`
+    the order is a uniform random permutation. Memory: twice `buffer * block` patches.
+
+    Args:
+        source: of the patches.
+        modality: which.
+        rows: ascending.
+        bands: which, in this order.
+        batch: rows per batch; the last may be shorter.
+        block: neighbours read at once.
+        buffer: blocks held in memory.
+        seed: of the order; every row appears exactly once whatever it is.
+
+    Yields:
+        The rows of a batch, (batch,), and their patches.
+    """
     random = np.random.default_rng(seed)
-    taken = np.zeros(len(rows), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        taken[random.permutation(members)[:count]] = True
-    return rows[taken], rows[~taken]
+    blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
+    order = random.permutation(len(blocks)).tolist()
+    held_rows = np.empty(0, np.int64)
+    held: NDArray[np.generic] | None = None
+    while order or len(held_rows):
+        wanted = [
+            blocks[order.pop()] for _ in range(min(len(order), _missing(held_rows, block, buffer)))
+        ]
+        if wanted:
+            fresh = np.concatenate([source.read(modality, some, bands) for some in wanted])
+            held = fresh if held is None else np.concatenate([held, fresh])
+            held_rows = np.concatenate([held_rows, *wanted])
+        assert held is not None
+        # A round delivers a quarter of the buffer before it is filled again: moving patches about
+        # costs little, and the buffer stays nearly full.
+        shuffled = random.permutation(len(held_rows))
+        deliver = len(held_rows) if not order else max(batch, len(held_rows) // 4 // batch * batch)
+        for start in range(0, min(deliver, len(shuffled)), batch):
+            chosen = shuffled[start : min(start + batch, deliver)]
+            yield held_rows[chosen], held[chosen]
+        rest = shuffled[deliver:]
+        held_rows, held = held_rows[rest], held[rest]
 
 
-def _check_splits(splits: Mapping[str, Split], classes: int) -> None:
-    for name, split in splits.items():
-        if not len(split):
-            raise InputError(f"data.{name} has no patches")
-    absent = sorted(set(range(classes)) - set(splits["train"].labels.tolist()))
-    if absent:
-        raise InputError(
-            f"data.train has no patch of class {', '.join(map(str, absent))}; "
-            "a class without a sample can't be learned"
-        )
-    names = list(splits)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            a, b = splits[one], splits[other]
-            if a.source is not b.source:
-                continue
-            shared = np.intersect1d(a.rows, b.rows)
-            if len(shared):
-                raise InputError(
-                    f"data.{one} and data.{other} share {len(shared)} rows of "
-                    f"{a.source.path.name}, the first is {shared[0]}; splits must not overlap"
-                )
+def _missing(held_rows: NDArray[np.int64], block: int, buffer: int) -> int:
+    return max(1, buffer - len(held_rows) // block)
 
 
-@dataclass(frozen=True)
-class DatasetSplit:
-    """One split as ingest stored it for the later stages."""
+def cached(
+    source: PatchSource, bands: Mapping[str, Sequence[int]], digest: str, folder: Path, block: int
+) -> PatchSource:
+    """The same source over a copy of just the bands that somebody sees, float32, mapped.
 
-    images: NDArray[np.uint8]  # (N, H, W, channels), as the device receives them
-    labels: NDArray[np.int64]  # (N,)
-    rows: NDArray[np.int64]  # (N,), row in the source
+    Every later computation starts from float32, so nothing changes by it. The copy is written once
+    and renamed when complete, under a name made of the source's digest, the modality and the bands.
 
-    @staticmethod
-    def load(dataset: Path, name: str) -> DatasetSplit:
-        """Map one split of the `dataset` artifact into memory; nothing is read yet."""
-        folder = dataset / name
-        return DatasetSplit(
-            images=np.load(folder / "images.npy", mmap_mode="r"),
-            labels=np.load(folder / "labels.npy", mmap_mode="r"),
-            rows=np.load(folder / "rows.npy", mmap_mode="r"),
-        )
+    Args:
+        source: where the patches are.
+        bands: by modality, ascending.
+        digest: of the source's content.
+        folder: of all copies.
+        block: rows read at a time.
+    """
+    maps = {}
+    for modality, some in bands.items():
+        key = sha256(json.dumps([1, digest, modality, list(some)]).encode()).hexdigest()
+        path = folder / f"{key}.npy"
+        if not path.exists():
+            _write_copy(source, modality, some, path, block)
+        maps[modality] = np.load(path, mmap_mode="r")
+
+    def read(modality: str, rows: NDArray[np.int64], wanted: Sequence[int]) -> NDArray[np.generic]:
+        columns = [bands[modality].index(band) for band in wanted]
+        patches: NDArray[np.generic] = maps[modality][rows][..., columns]
+        return patches
+
+    return replace(source, reader=read)
 
 
-def class_histogram(labels: NDArray[np.int64], classes: int) -> list[int]:
-    """How many patches each class has."""
-    return [int(n) for n in np.bincount(labels, minlength=classes)]
-
-
-def band_statistics(
-    sums: NDArray[np.float64], squares: NDArray[np.float64], count: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and (population) standard deviation per band from running sums over `count` values."""
-    mean = sums / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+def _write_copy(
+    source: PatchSource, modality: str, bands: Sequence[int], path: Path, block: int
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    height, width, _ = source.shape(modality)
+    shape = (source.count, height, width, len(bands))
+    try:
+        copy = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        for start in range(0, source.count, block):
+            rows = np.arange(start, min(start + block, source.count), dtype=np.int64)
+            copy[start : start + len(rows)] = source.read(modality, rows, bands)
+        copy.flush()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

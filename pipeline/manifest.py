@@ -19,6 +19,9 @@ SCHEMA = 1
 #: Files from this size on are hashed once and remembered by size, times and inode.
 REMEMBER_FROM_BYTES = 1 << 20
 
+#: Folders of that many files are hashed once too, and remembered by the same of every file.
+REMEMBER_FROM_FILES = 256
+
 #: Beside a folder that is an artifact lies the listing that its digest is the hash of.
 LISTING_SUFFIX = ".digests"
 
@@ -194,7 +197,7 @@ class Digests:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             big = stat.st_size >= REMEMBER_FROM_BYTES
-            inode = f"{stat.st_dev}:{stat.st_ino}"
+            inode = _inode(stat)
             state = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:"
             known = self._load().get(inode, "")
             if big and not fresh and known.startswith(state):
@@ -216,9 +219,21 @@ class Digests:
         """
         if not path.is_dir():
             return self.file(path, fresh=fresh), path.stat().st_size
+        files = [] if fresh else list(folder_files(path))
+        state, inode = "", ""
+        if len(files) >= REMEMBER_FROM_FILES:
+            state, inode = _folder_state(path, files), _inode(path.stat())
+            known = self._load().get(inode, "")
+            if known.startswith(state):
+                digest, _, size = known.removeprefix(state).partition(":")
+                return digest, int(size)
         listing = self.listing(path, fresh=fresh)
         total = sum(int(line.split("\0")[1]) for line in listing.splitlines())
-        return hashlib.sha256(listing.encode()).hexdigest(), total
+        digest = hashlib.sha256(listing.encode()).hexdigest()
+        if inode:
+            self._load()[inode] = f"{state}{digest}:{total}"
+            self._changed = True
+        return digest, total
 
     def listing(self, folder: Path, *, fresh: bool = False) -> str:
         """Path, size and digest of every file of a folder, sorted; its hash is the folder's digest.
@@ -250,6 +265,21 @@ class Digests:
             except (OSError, msgspec.DecodeError):
                 self._known = {}
         return self._known
+
+
+def _inode(stat: os.stat_result) -> str:
+    return f"{stat.st_dev}:{stat.st_ino}"
+
+
+def _folder_state(folder: Path, files: list[Path]) -> str:
+    """Names, sizes, times and inodes of a folder's files in one hash."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        name = file.relative_to(folder).as_posix()
+        entry = (name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        digest.update(repr(entry).encode())
+    return f"{digest.hexdigest()}:"
 
 
 def folder_files(path: Path) -> Iterator[Path]:

@@ -47,6 +47,15 @@ def sqnr_db(signal: NDArray[np.floating], noisy: NDArray[np.floating]) -> float 
     return 10 * math.log10(power / noise) if noise > 0 and power > 0 else None
 
 
+def cosines(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Cosine between the rows of two (N, classes) arrays, (N,); 1 where both rows are zero."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    safe = np.where(norms > 0, norms, 1)
+    result: NDArray[np.float64] = np.where(norms > 0, (a * b).sum(axis=1) / safe, 1.0)
+    return result
+
+
 def paired_difference(
     one: NDArray[np.bool_], other: NDArray[np.bool_]
 ) -> tuple[float, tuple[float, float]]:

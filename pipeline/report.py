@@ -91,6 +91,17 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     figure: Figure
 
 
+class LegRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of the parity table."""
+
+    source: str
+    target: str
+    n: int
+    found: str
+    limit: str
+    passed: bool | None  # null: does not apply
+
+
 class BenchmarkReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a run amounts to."""
 
@@ -100,6 +111,9 @@ class BenchmarkReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     student: dict[str, Any]
     accuracy: list[Row]
     int8: dict[str, Any]
+    parity: list[LegRow]
+    device: dict[str, Any]  # the pipeline YAML, or why there is none; the device pipe's constants
+    data: dict[str, Any]  # splits, 8-bit encoding, and whether the data are synthetic
     measurement: Measurement
 
 
@@ -177,6 +191,8 @@ def summary_lines(report: BenchmarkReport) -> list[str]:
     lines.append(
         f"{'throughput':<34} {rate.value:.1f} {rate.unit}  [{rate.scope}; {rate.measured_on}]"
     )
+    judged = [leg.passed for leg in report.parity if leg.passed is not None]
+    lines.append(f"{'parity':<34} {sum(judged)} of {len(judged)} legs passed")
     lines.append(f"{'verdict':<34} {measured.verdict.word}: {'; '.join(measured.verdict.reasons)}")
     return lines
 

@@ -134,9 +134,9 @@ class Runner:
         for name in names:
             params = self.config.params[name]
             for source, path in self.stages[name].sources(params, self.config.root).items():
-                if not path.is_file():
+                if not path.exists():
                     raise InputError(
-                        f"{self.config.path.name}: {name}.{source}: there is no file "
+                        f"{self.config.path.name}: {name}.{source}: there is no "
                         f"{self.state.shown(path)}"
                     )
             self.stages[name].ready(params)
@@ -374,6 +374,8 @@ class _Attempt:
             facts={n: r.facts for n, r in (manifest.stages if manifest else {}).items() if r.key},
             progress=_progress,
             warn=self._warnings.append,
+            cache=self._state.config.root / "runs" / ".cache",
+            digest=self._digest,
             also_read=self._also_read,
         )
         with self._logging():
@@ -395,7 +397,7 @@ class _Attempt:
             contract=parts["contract"],
             inputs=parts["inputs"],
             sources={
-                n: Source(self._state.shown(p), parts["sources"][n], p.stat().st_size)
+                n: Source(self._state.shown(p), *self._state.digests.path(p))
                 for n, p in {**sources, **self._found}.items()
             },
             outputs=list(artifacts),

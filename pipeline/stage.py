@@ -46,9 +46,11 @@ def unkeyed_field(default: Any) -> Any:  # noqa: ANN401 - stands where dataclass
     return field(default=default, metadata={"unkeyed": True})
 
 
-def same_as_field(other: str) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
+def same_as_field(other: str, *, unkeyed: bool = False) -> Any:  # noqa: ANN401 - as above
     """A parameter that, left null, takes the value of `stage.key`."""
-    return field(default=None, metadata={"same_as": other})
+    return field(
+        default=None, metadata={"same_as": other, **({"unkeyed": True} if unkeyed else {})}
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Job:
     facts: Mapping[str, Facts]  # of the earlier stages, by stage
     progress: Callable[[str, int], tqdm[Any]]  # (what, how many) -> a bar with update(n), a context
     warn: Callable[[str], None]  # tell the user and the record
+    cache: Path  # folder for copies that can be made again; shared by the runs of a project
+    digest: Callable[[Path], str]  # sha256 of a source
     also_read: Callable[[str, Path], None]  # (source, file beside it): found only while working
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.sources import TeacherParams
-    from preprocessing.contract import Contract
+    from preprocessing.contract import Contract, Scaling, ZScore
 
 #: Patches per call where a model's batch size is free.
 BATCH = 256
@@ -46,6 +46,8 @@ class Teacher:
     bands: tuple[int, ...]
     weight: float
     resize: str  # interpolation from patch to input size
+    scaling: Scaling
+    zscore: ZScore | None  # of its bands
     size_hw: tuple[int, int]
     layout: str
     batch: int | None  # fixed batch size, None when free
@@ -54,14 +56,14 @@ class Teacher:
     external: tuple[Path, ...]  # files with weights outside the ONNX file
     session: ort.InferenceSession
 
-    def raw(self, patches: NDArray[np.generic], contract: Contract) -> NDArray[np.float32]:
-        """The model's output for stored patches (N, H, W, all bands of the modality).
+    def raw(self, patches: NDArray[np.generic]) -> NDArray[np.float32]:
+        """The model's output for stored patches of its bands, in its order, (N, H, W, C).
 
         Returns:
             float32, (N, classes): logits or probabilities, whatever the model ends with.
         """
         tensor: NDArray[Any] = teacher_tensor(
-            patches, contract, self.modality, self.bands, self.size_hw, interpolation=self.resize
+            patches, self.scaling, self.zscore, self.size_hw, interpolation=self.resize
         )
         if self.layout == "NHWC":
             tensor = np.ascontiguousarray(tensor.transpose(0, 2, 3, 1))
@@ -89,7 +91,7 @@ def open_teacher(
             size, type or number of classes. The message names the file.
         ContractError: the contract has no statistics for the teacher's bands.
     """
-    contract.statistics(params.modality, params.bands, bands_in_data)
+    zscore = contract.statistics(params.modality, params.bands, bands_in_data)
     model, external = _read(path)
     source = _only_input(path, model)
     channels_first = contract.layout == "NCHW"
@@ -117,6 +119,8 @@ def open_teacher(
         bands=params.bands,
         weight=params.weight,
         resize=params.resize,
+        scaling=contract.scaling_of(params.modality),
+        zscore=zscore,
         size_hw=(height or contract.size_hw[0], width or contract.size_hw[1]),
         layout=contract.layout,
         batch=batch,
@@ -127,7 +131,7 @@ def open_teacher(
         external=external,
         session=session,
     )
-    _check_classes(teacher, contract, bands_in_data)
+    _check_classes(teacher, contract)
     return teacher
 
 
@@ -172,12 +176,12 @@ def _only_input(path: Path, model: onnx.ModelProto) -> onnx.TypeProto:
     return kind
 
 
-def _check_classes(teacher: Teacher, contract: Contract, bands_in_data: int) -> None:
+def _check_classes(teacher: Teacher, contract: Contract) -> None:
     """Run one patch of zeros: the output must have a value for every class."""
     height, width = teacher.size_hw
-    zeros = np.zeros((1, height, width, bands_in_data), np.float32)
+    zeros = np.zeros((1, height, width, len(teacher.bands)), np.float32)
     try:
-        classes = teacher.raw(zeros, contract).shape[-1]
+        classes = teacher.raw(zeros).shape[-1]
     except Exception as error:  # onnxruntime's exceptions share no narrower base
         raise InputError(f"{teacher.path.name} fails on a patch: {_first_line(error)}") from error
     if classes != len(contract.labels):

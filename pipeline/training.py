@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from tqdm import tqdm
 
-    from pipeline.datasets import DatasetSplit
+    from pipeline.splits import DatasetSplit
     from pipeline.stages.distill import DistillParams
     from preprocessing.contract import StudentInput
 

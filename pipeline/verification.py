@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from pipeline.legs import export_leg, int8_leg
 from pipeline.manifest import LISTING_SUFFIX, ManifestError
+from pipeline.stage import InputError
 from preprocessing.contract import ContractError, load_contract
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from pipeline.legs import Leg
     from pipeline.manifest import Artifact
     from pipeline.staleness import RunState
 
@@ -32,6 +36,45 @@ class Verification:
 
     checked: int = 0  # files
     problems: list[str] = field(default_factory=list)
+
+
+def verify_parity(state: RunState) -> list[tuple[Leg, str, bool | None]]:
+    """Compute every leg of parity anew from the run's artifacts.
+
+    Returns:
+        Per leg: itself, its limit in words, whether it passed (None: does not apply).
+
+    Raises:
+        InputError: a stage that makes what is compared did not run yet.
+    """
+    from metis.backend import QuantizedModel
+    from pipeline.parity import compare_int8, export_values, image_legs
+    from pipeline.splits import DatasetSplit
+    from preprocessing.contract import StudentInput
+
+    needed = {"distill": "student", "calibrate": "quantized_model", "compile": "device_pipeline"}
+    for stage, artifact in needed.items():
+        if state.artifact(artifact) is None:
+            raise InputError(
+                f"parity needs {artifact!r}, which run {state.config.run} does not have.\n"
+                f"  {stage} makes it:  kdpipe run --to {stage}"
+            )
+    assert state.manifest is not None
+    paths = {n: state.folder / a.path for n, a in state.manifest.artifacts.items()}
+    facts = {name: record.facts for name, record in state.manifest.stages.items()}
+    given = StudentInput.load(paths["student_input"])
+    val = DatasetSplit.load(paths["dataset"] / "val")
+    distill = facts["distill"]
+    if find_spec("torch") and find_spec("timm"):
+        classes = len(load_contract(paths["contract"]).labels)
+        weights = paths["training"] / "student.safetensors"
+        values = export_values(distill["student"], weights, given, classes, paths["student"], val)
+        distill = {**distill, "export": values}
+    model = QuantizedModel.load(paths["quantized_model"])
+    int8 = {**facts["calibrate"], **compare_int8(paths["student"], model, given, val)}
+    legs = [*image_legs(paths, state.config.run), export_leg(distill), int8_leg(int8)]
+    limits = state.config.params["benchmark"].limits
+    return [(leg, *leg.judge(limits)) for leg in legs]
 
 
 def verify_run(state: RunState) -> Verification:

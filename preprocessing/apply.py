@@ -13,32 +13,28 @@ import numpy as np
 from preprocessing.contract import GREY_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
-    from preprocessing.contract import Contract, StudentInput
+    from preprocessing.contract import Scaling, StudentInput, ZScore
 
 
-def scale(patches: NDArray[np.generic], contract: Contract, modality: str) -> NDArray[np.float32]:
+def scale(patches: NDArray[np.generic], scaling: Scaling) -> NDArray[np.float32]:
     """Stored values to contract units: the affine map of the modality, clipped first if it says so.
 
     Args:
-        patches: stored values, any real dtype, (N, H, W, bands).
-        contract: the checked preprocessing.json.
-        modality: key of its `scaling`.
+        patches: stored values, any real dtype, any shape.
+        scaling: of their modality.
 
     Returns:
         Contract units, float32, same shape.
     """
-    return _affine(patches, contract, modality, 1.0, 0.0)
+    return _affine(patches, scaling, 1.0, 0.0)
 
 
 def teacher_tensor(
     patches: NDArray[np.generic],
-    contract: Contract,
-    modality: str,
-    bands: Sequence[int],
+    scaling: Scaling,
+    zscore: ZScore | None,
     size_hw: tuple[int, int],
     *,
     interpolation: str = "nearest",
@@ -46,40 +42,30 @@ def teacher_tensor(
     """Stored patches to what a teacher sees: scale, z-score, resize, to NCHW.
 
     Args:
-        patches: stored values of all bands of the modality, any real dtype, (N, H, W, bands).
-        contract: the checked preprocessing.json.
-        modality: which scaling and statistics apply.
-        bands: the bands this teacher sees, in channel order.
+        patches: stored values of the teacher's bands, in its order, any real dtype, (N, H, W, C).
+        scaling: of the bands' modality.
+        zscore: of these bands (`Contract.statistics`); None when z-scoring is off.
         size_hw: the teacher's input size.
         interpolation: "nearest" or "bilinear".
 
     Returns:
-        float32, (N, len(bands), H', W'), in standard deviations when z-scoring is on.
-
-    Raises:
-        ContractError: the contract has no statistics for these bands.
+        float32, (N, C, H', W'), in standard deviations when z-scoring is on.
     """
-    zscore = contract.statistics(modality, bands, patches.shape[-1])
-    picked = patches[..., list(bands)]
     if zscore is None:
-        values = _affine(picked, contract, modality, 1.0, 0.0)
+        values = _affine(patches, scaling, 1.0, 0.0)
     else:
         sigma = np.array(zscore.sigma, np.float64)
-        values = _affine(
-            picked, contract, modality, 1.0 / sigma, -np.array(zscore.mu, np.float64) / sigma
-        )
+        values = _affine(patches, scaling, 1.0 / sigma, -np.array(zscore.mu, np.float64) / sigma)
     return to_nchw(resize_float(values, size_hw, interpolation))
 
 
 def _affine(
     patches: NDArray[np.generic],
-    contract: Contract,
-    modality: str,
+    rule: Scaling,
     gain: float | NDArray[np.float64],
     offset: float | NDArray[np.float64],
 ) -> NDArray[np.float32]:
     """`scaled * gain + offset` as one float32 multiply-add per value."""
-    rule = contract.scaling_of(modality)
     if rule.type == "clip_linear":
         lo, hi = (np.float32(v) for v in rule.src_range)
         values = np.clip(patches.astype(np.float32), lo, hi)
@@ -91,15 +77,15 @@ def _affine(
 
 
 def encode(
-    patches: NDArray[np.generic], contract: Contract, given: StudentInput
+    patches: NDArray[np.generic], scaling: Scaling, given: StudentInput
 ) -> NDArray[np.uint8]:
     """Stored patches to the 8-bit images that the device receives, at the patches' own size.
 
     Grey levels are rounded half to even and clipped to 0..255; truncating instead costs accuracy.
 
     Args:
-        patches: stored values of all bands of the student's modality, (N, H, W, bands).
-        contract: the checked preprocessing.json.
+        patches: stored values of the student's bands, in its order, (N, H, W, channels).
+        scaling: of the student's modality.
         given: the student's input.
 
     Returns:
@@ -107,13 +93,7 @@ def encode(
     """
     lo = np.array(given.grey_lo, np.float64)
     levels_per_unit = GREY_MAX / (np.array(given.grey_hi, np.float64) - lo)
-    grey = _affine(
-        patches[..., list(given.bands)],
-        contract,
-        given.modality,
-        levels_per_unit,
-        -lo * levels_per_unit,
-    )
+    grey = _affine(patches, scaling, levels_per_unit, -lo * levels_per_unit)
     np.rint(grey, out=grey)
     return np.clip(grey, 0, GREY_MAX, out=grey).astype(np.uint8)
 
@@ -123,11 +103,13 @@ def device_image(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.u
     return resize(images, given.size_hw, given.interpolation, given.half_pixel_centers)
 
 
+def exported_images(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.uint8]:
+    """Stored 8-bit images as they are handed to the device: at their own size where it resizes."""
+    return images if given.device_resize else device_image(images, given)
+
+
 def student_tensor(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.float32]:
     """8-bit images to the student's input, as the device computes it: resize, then normalize.
-
-    `(grey - mean) / std` is evaluated in float32, subtraction first, like the device pipeline's
-    normalize operator; as a grey level has 256 values, a table gives the same bits faster.
 
     Args:
         images: stored 8-bit images, uint8, (N, H, W, channels).
@@ -136,14 +118,29 @@ def student_tensor(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np
     Returns:
         float32, (N, channels, H', W').
     """
-    resized = device_image(images, given)
+    return normalized(device_image(images, given), given)
+
+
+def normalized(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.float32]:
+    """Device images of the network's size to its input: `(grey - mean) / std`, in float32.
+
+    The subtraction comes first, as in the device pipeline's normalize operator; as a grey level has
+    256 values, a table gives the same bits faster.
+
+    Args:
+        images: uint8, (N, H', W', channels).
+        given: the student's input.
+
+    Returns:
+        float32, (N, channels, H', W').
+    """
     levels = np.arange(GREY_MAX + 1, dtype=np.float32)
     mean = np.array(given.mean, np.float32)
     std = np.array(given.std, np.float32)
-    tensor = np.empty((len(resized), len(mean), *resized.shape[1:3]), np.float32)
+    tensor = np.empty((len(images), len(mean), *images.shape[1:3]), np.float32)
     for channel in range(len(mean)):
         table = (levels - mean[channel]) / std[channel]
-        np.take(table, resized[..., channel], out=tensor[:, channel])
+        np.take(table, images[..., channel], out=tensor[:, channel])
     return tensor
 
 

@@ -149,7 +149,7 @@ class StudentInput:
     interpolation: str  # "nearest" or "bilinear"
     half_pixel_centers: bool  # the SDK's switch between its two resize functions, see apply.resize
     device_resize: bool  # False: images are exported at the network's size
-    encoding: str  # name of the rule that chose grey_lo and grey_hi: "contract"
+    encoding: str  # the rule that chose grey_lo and grey_hi: "contract" or "percentile"
     grey_lo: tuple[float, ...]  # contract units of grey level 0, per channel
     grey_hi: tuple[float, ...]  # contract units of grey level 255, per channel
     mean: tuple[float, ...]  # grey levels, per channel
@@ -177,24 +177,29 @@ class StudentInput:
             raise ContractError(f"{path.name} is not a student input file: {error}") from error
 
 
-def contract_encoding(
-    contract: Contract, modality: str, bands: Sequence[int], bands_in_data: int
+def linear_encoding(
+    ranges: Sequence[tuple[float, float]], zscore: ZScore | None
 ) -> dict[str, tuple[float, ...]]:
-    """The 8-bit encoding `contract`: dst_range of the modality onto grey levels 0 to 255.
+    """Fold the z-score into an 8-bit encoding: mean and std in grey levels.
+
+    Args:
+        ranges: per channel, the contract units of grey level 0 and of grey level 255.
+        zscore: of the channels' bands; None when z-scoring is off, as if mu were 0 and sigma 1.
 
     Returns:
         The fields grey_lo, grey_hi, mean and std of `StudentInput`.
     """
-    lo, hi = contract.scaling_of(modality).dst_range
-    levels_per_unit = GREY_MAX / (hi - lo)
-    zscore = contract.statistics(modality, bands, bands_in_data)
-    mu = zscore.mu if zscore else (0.0,) * len(bands)
-    sigma = zscore.sigma if zscore else (1.0,) * len(bands)
+    mu = zscore.mu if zscore else (0.0,) * len(ranges)
+    sigma = zscore.sigma if zscore else (1.0,) * len(ranges)
+    levels_per_unit = [GREY_MAX / (hi - lo) for lo, hi in ranges]
     return {
-        "grey_lo": (lo,) * len(bands),
-        "grey_hi": (hi,) * len(bands),
-        "mean": tuple((m - lo) * levels_per_unit for m in mu),
-        "std": tuple(s * levels_per_unit for s in sigma),
+        "grey_lo": tuple(lo for lo, _ in ranges),
+        "grey_hi": tuple(hi for _, hi in ranges),
+        "mean": tuple(
+            (m - lo) * levels
+            for m, (lo, _), levels in zip(mu, ranges, levels_per_unit, strict=True)
+        ),
+        "std": tuple(s * levels for s, levels in zip(sigma, levels_per_unit, strict=True)),
     }
 
 

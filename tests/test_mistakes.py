@@ -82,7 +82,7 @@ MISTAKES = {
     "contract missing": (
         lambda p: (p.root / "preprocessing.json").unlink(),
         3,
-        "ingest.contract: there is no file preprocessing.json",
+        "ingest.contract: there is no preprocessing.json",
     ),
     "contract not JSON": (
         lambda p: (p.root / "preprocessing.json").write_text('{"input": '),
@@ -108,7 +108,7 @@ MISTAKES = {
     "unknown modality": (
         lambda p: p.edit("ingest", "teachers", 0, "modality", to="sar"),
         3,
-        "data.modalities has no 'sar'; it has optical",
+        "train.npz has no modality 'sar' (data.modalities); it has optical",
     ),
     "band out of range": (
         lambda p: p.edit("ingest", "student", "bands", to=[0, 1, 4]),
@@ -118,12 +118,13 @@ MISTAKES = {
     "NaN in data": (
         nan_patch,
         3,
-        "train.npz: 'images' has NaN or infinity in",
+        "train.npz: 2 patches of train have NaN or infinity, in rows 7, 30; repair them, or set "
+        "ingest.data.bad_patches: drop",
     ),
     "label out of range": (
         label_out_of_range,
         3,
-        "train.npz: 'labels' holds 9 in row 239 (1 such rows), but preprocessing.json labels 3",
+        "train.npz: its labels hold 9 in row 239 (1 such rows), but preprocessing.json labels 3",
     ),
     "class without a sample": (no_class_2, 3, "data.train has no patch of class 2"),
     "constant band": (constant_band, 3, "optical band 3 is constant (45.5357) over"),
@@ -136,7 +137,7 @@ MISTAKES = {
     "data missing": (
         lambda p: (p.root / "train.npz").unlink(),
         3,
-        "ingest.data.train: there is no file train.npz",
+        "ingest.data.train: there is no train.npz",
     ),
     "data not an archive": (
         lambda p: truncate(p.root / "train.npz"),
@@ -172,7 +173,7 @@ MISTAKES = {
     "teacher missing": (
         lambda p: (p.root / "teachers" / "dense_a.onnx").unlink(),
         3,
-        "ingest.teachers[0]: there is no file teachers/dense_a.onnx",
+        "ingest.teachers[0]: there is no teachers/dense_a.onnx",
     ),
     "pattern without a match": (
         lambda p: p.edit("ingest", "teachers", 0, "path", to="teachers/cnn_*.onnx"),

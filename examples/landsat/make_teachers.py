@@ -19,9 +19,9 @@ from timm.models.densenet import DenseNet
 from torch import nn
 
 from pipeline.config import load_config
-from pipeline.datasets import Split, open_splits
 from pipeline.metrics import top1
 from pipeline.reference import open_session
+from pipeline.splits import Split, open_splits
 from pipeline.stage import load_stages
 from preprocessing.apply import teacher_tensor
 from preprocessing.contract import load_contract
@@ -39,8 +39,8 @@ def main() -> None:
     params = settings.params["ingest"]
     with np.load(HERE / "landsat_satellite.npz") as archive:
         labels = [str(name) for name in archive["classes"]]
-    files = {name: HERE / getattr(params.data, name).path for name in ("train", "test")}
-    splits = open_splits(params.data, files, len(labels), settings.seed)
+    files = {f"data.{name}": HERE / getattr(params.data, name).path for name in ("train", "test")}
+    splits = open_splits(params.data, files, labels, settings.seed)
     write_contract(splits["train"], labels)
     contract = load_contract(HERE / "preprocessing.json")
 
@@ -48,10 +48,9 @@ def main() -> None:
     for number, teacher in enumerate(params.teachers):
         tensors = {
             name: teacher_tensor(
-                split.source.read(teacher.modality, split.rows),
-                contract,
-                teacher.modality,
-                teacher.bands,
+                split.source.read(teacher.modality, split.rows, teacher.bands),
+                contract.scaling_of(teacher.modality),
+                contract.statistics(teacher.modality, teacher.bands, 4),
                 (SIZE, SIZE),
                 interpolation=teacher.resize,
             )
@@ -87,7 +86,7 @@ def main() -> None:
 
 def write_contract(train_split: Split, labels: list[str]) -> None:
     """preprocessing.json with the training split's mean and standard deviation per band."""
-    patches = train_split.source.read("optical", train_split.rows).astype(np.float64)
+    patches = train_split.source.read("optical", train_split.rows, range(4)).astype(np.float64)
     contract = {
         "input": {"layout": "NCHW", "dtype": "float32", "shape": [1, 4, SIZE, SIZE]},
         # The stored values are 8-bit radiances already: the scaling leaves them as they are.

@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
 from metis.backend import CompiledModel, QuantizedModel, open_backend
-from pipeline.stage import Facts, Gate, Job, Stage, StageError
+from pipeline.legs import Leg, Limits, export_leg, int8_leg
+from pipeline.stage import Facts, Gate, Job, Stage, StageError, same_as_field, unkeyed_field
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,19 +35,36 @@ class BenchmarkParams:
     min_seconds: Annotated[float, Meta(gt=0)] = 60.0  # per scenario; a shorter run is a SMOKE run
     min_queries: Annotated[int, Meta(ge=1)] = 1024  # of SingleStream; fewer is a SMOKE run
     golden_samples: Annotated[int, Meta(ge=1)] = 32  # validation patches that prove the bundle
+    max_png_levels: Annotated[float, Meta(ge=0)] = unkeyed_field(1.0)  # grey levels, when bilinear
+    max_yaml_difference: Annotated[float, Meta(ge=0)] = unkeyed_field(1e-5)  # standard deviations
+    max_export_difference: float | None = same_as_field(
+        "distill.max_export_difference", unkeyed=True
+    )
+    max_int8_loss: float | None = same_as_field("calibrate.max_int8_loss", unkeyed=True)
+
+    @property
+    def limits(self) -> Limits:
+        """Of the legs of parity."""
+        return Limits(
+            max_png_levels=self.max_png_levels,
+            max_yaml_difference=self.max_yaml_difference,
+            max_export_difference=self.max_export_difference or 0.0,
+            max_int8_loss=self.max_int8_loss or 0.0,
+        )
 
 
 def run(job: Job, params: BenchmarkParams) -> Facts:
-    """Write the bundle, start kdbench.py from it, write the report."""
+    """Prove parity, write the bundle, start kdbench.py from it, write the report."""
     from pipeline.report import parse_measurement, write_report
 
+    legs = _parity(job)
     compiled = CompiledModel.load(job.inputs["compiled_model"])
     _write_bundle(job, params, compiled)
     folder = job.outputs["benchmark_report"]
     folder.mkdir()
     text = _run_kdbench(job.outputs["bundle"], params, folder / "samples.npz")
     measurement = parse_measurement(text)
-    report = _report(job, measurement)
+    report = _report(job, params, measurement, legs)
     write_report(report, folder / "samples.npz", folder)
     latency = {row.scope: row for row in measurement.latency}["tensor to logits"]
     return {
@@ -57,20 +75,30 @@ def run(job: Job, params: BenchmarkParams) -> Facts:
         "latency_ms": {"p50": latency.p50, "p90": latency.p90, "p99": latency.p99},
         "throughput_fps": measurement.throughput.value,
         "verdict": {"word": measurement.verdict.word, "reasons": measurement.verdict.reasons},
+        "parity": [asdict(leg) for leg in legs],
     }
+
+
+def _parity(job: Job) -> list[Leg]:
+    """The legs from training tensor to int8; the last two as their own stages recorded them."""
+    from pipeline.parity import SAMPLES, image_legs
+
+    with job.progress("parity", SAMPLES) as bar:
+        legs = image_legs(job.inputs, job.run, bar.update)
+    return [*legs, export_leg(job.facts["distill"]), int8_leg(job.facts["calibrate"])]
 
 
 def _write_bundle(job: Job, params: BenchmarkParams, compiled: CompiledModel) -> None:
     import numpy as np
 
     from pipeline.bundle import write_bundle
-    from pipeline.datasets import DatasetSplit
+    from pipeline.splits import DatasetSplit
     from preprocessing.apply import student_tensor
     from preprocessing.contract import StudentInput, load_contract
 
     given = StudentInput.load(job.inputs["student_input"])
-    val = DatasetSplit.load(job.inputs["dataset"], "val")
-    test = DatasetSplit.load(job.inputs["dataset"], "test")
+    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    test = DatasetSplit.load(job.inputs["test_set"])
     chosen = np.linspace(0, len(val.labels) - 1, min(params.golden_samples, len(val.labels)))
     images = val.images[np.unique(chosen.round().astype(int))]
     tensors = student_tensor(images, given)
@@ -133,18 +161,23 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _report(job: Job, measurement: Any) -> BenchmarkReport:  # noqa: ANN401 - a lazily imported type
+def _report(
+    job: Job,
+    params: BenchmarkParams,
+    measurement: Any,  # noqa: ANN401 - a lazily imported type
+    legs: list[Leg],
+) -> BenchmarkReport:
     import numpy as np
 
-    from pipeline.datasets import DatasetSplit
     from pipeline.metrics import top1
     from pipeline.reference import reference_logits
-    from pipeline.report import SCHEMA, BenchmarkReport
+    from pipeline.report import SCHEMA, BenchmarkReport, LegRow
+    from pipeline.splits import DatasetSplit
     from preprocessing.apply import student_tensor
     from preprocessing.contract import StudentInput, load_contract
 
     given = StudentInput.load(job.inputs["student_input"])
-    test = DatasetSplit.load(job.inputs["dataset"], "test")
+    test = DatasetSplit.load(job.inputs["test_set"])
     with job.progress("float student on test", len(test.labels)) as bar:
         parts = []
         for start in range(0, len(test.labels), 256):
@@ -172,6 +205,15 @@ def _report(job: Job, measurement: Any) -> BenchmarkReport:  # noqa: ANN401 - a 
             "samples": calibrate["calibration"]["samples"],
             "measured_on": calibrate["measured_on"],
         },
+        parity=[
+            LegRow(leg.source, leg.target, leg.n, leg.words(), *leg.judge(params.limits))
+            for leg in legs
+        ],
+        device={
+            key: job.facts["compile"][key]
+            for key in ("pipeline_yaml", "pipeline_yaml_obstacle", "device_constants")
+        },
+        data={key: job.facts["ingest"][key] for key in ("synthetic", "splits", "encoding")},
         measurement=measurement,
     )
 
@@ -207,11 +249,21 @@ def _accuracy(job: Job, float_top1: float, measurement: Any) -> list[Row]:  # no
 
 
 def gates(params: BenchmarkParams, facts: Facts) -> list[Gate]:
-    """The measurement may be used; a smoke run says it is one and passes."""
+    """Images and YAML give the training tensor; the measurement may be used, or is a smoke run.
+
+    The legs export and int8 are in the table, but their own stages judge them.
+    """
     verdict = facts["verdict"]
     reasons = "; ".join(verdict["reasons"]) or "all minima reached"
+    legs = [Leg(**values) for values in facts["parity"] if values["name"] in ("png", "yaml")]
+    failed = [leg for leg in legs if leg.judge(params.limits)[1] is False]
     return [
-        Gate("verdict", verdict["word"] != "INVALID", f"{verdict['word']}: {reasons}", status=7)
+        Gate(
+            "parity",
+            not failed,
+            "; ".join(f"{leg.name}: {leg.words()}" for leg in failed or legs),
+        ),
+        Gate("verdict", verdict["word"] != "INVALID", f"{verdict['word']}: {reasons}", status=7),
     ]
 
 
@@ -221,9 +273,11 @@ STAGE = Stage(
         "labels",
         "student_input",
         "dataset",
+        "test_set",
         "student",
         "quantized_model",
         "compiled_model",
+        "device_pipeline",
     ),
     outputs={"bundle": "bundle", "benchmark_report": "report"},
     params=BenchmarkParams,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.datasets import DatasetSplit
+    from pipeline.splits import DatasetSplit
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,14 @@ def run(job: Job, params: CalibrateParams) -> Facts:
     """Write the calibration set and the int8 model; compare it with the float student."""
     import numpy as np
 
-    from pipeline.datasets import DatasetSplit, class_histogram
-    from pipeline.metrics import agreement, paired_difference, sqnr_db, top1
-    from pipeline.reference import reference_logits
+    from pipeline.parity import compare_int8
+    from pipeline.splits import DatasetSplit, class_histogram
     from preprocessing.apply import student_tensor
     from preprocessing.contract import StudentInput, load_contract
 
     given = StudentInput.load(job.inputs["student_input"])
     classes = len(load_contract(job.inputs["contract"]).labels)
-    train = DatasetSplit.load(job.inputs["dataset"], "train")
+    train = DatasetSplit.load(job.inputs["dataset"] / "train")
     chosen = choose_samples(train, params.samples, classes, job.seed)
     samples = student_tensor(train.images[chosen], given)[:, None]
     folder = job.outputs["calibration_set"]
@@ -65,27 +64,14 @@ def run(job: Job, params: CalibrateParams) -> Facts:
             scheme=params.scheme,
             progress=bar.update,
         )
-    val = DatasetSplit.load(job.inputs["dataset"], "val")
-    tensors = student_tensor(val.images, given)
-    exact = reference_logits(job.inputs["student"], tensors)
-    int8 = backend.infer(model, tensors)
-    loss, interval = paired_difference(
-        exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
-    )
+    val = DatasetSplit.load(job.inputs["dataset"] / "val")
     del calibration["rows"]  # they are in samples.json
     return {
         "backend": model.backend,
         "backend_version": model.version,
         "scheme": model.scheme,
         "calibration": calibration,
-        "n_val": len(val.labels),
-        "top1_val_float": top1(exact, val.labels),
-        "top1_val_int8": top1(int8, val.labels),
-        "measured_on": "host-emulation",
-        "top1_agreement": agreement(exact, int8),
-        "logits_sqnr_db": sqnr_db(exact, int8),
-        "int8_loss_points": 100 * loss,
-        "int8_loss_interval95_points": [100 * bound for bound in interval],
+        **compare_int8(job.inputs["student"], model, given, val),
     }
 
 

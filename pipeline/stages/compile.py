@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
 from metis.backend import QuantizedModel, backend_tools, open_backend, require_backend
+from metis.device_constants import constant_error
 from metis.pipeline_yaml import DevicePipeline, render_yaml, yaml_obstacle
-from pipeline.stage import Facts, Job, Stage
+from pipeline.stage import Facts, Gate, Job, Stage, unkeyed_field
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,9 @@ class CompileParams:
 
     backend: Literal["emulator", "voyager"] = "emulator"
     aipu_cores: Annotated[int, Meta(ge=1, le=4)] = 1  # also the batch of one call
+    sdk_release: Literal["1.2", "1.3", "1.4", "1.5", "1.6", "1.7", "1.8"] = "1.8"  # for the YAML
+    path_prefix: str = ""  # put before file names in the YAML: where the folder will lie
+    max_constant_error: Annotated[float, Meta(gt=0)] = unkeyed_field(0.05)  # standard deviations
 
 
 def run(job: Job, params: CompileParams) -> Facts:
@@ -40,6 +44,7 @@ def run(job: Job, params: CompileParams) -> Facts:
     folder.mkdir()
     if obstacle:
         job.warn(f"no Voyager pipeline YAML: {obstacle}")
+        (folder / "no-pipeline-yaml.txt").write_text(f"{obstacle}\n")
     else:
         contract = load_contract(job.inputs["contract"])
         pipeline = DevicePipeline(
@@ -49,6 +54,8 @@ def run(job: Job, params: CompileParams) -> Facts:
             dataset=f"{job.run}-images",
             scheme=model.scheme,
             aipu_cores=params.aipu_cores,
+            sdk_release=params.sdk_release,
+            path_prefix=params.path_prefix,
         )
         (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
         shutil.copyfile(job.inputs["student"], folder / pipeline.weight_path)
@@ -60,7 +67,63 @@ def run(job: Job, params: CompileParams) -> Facts:
         "aipu_cores": compiled.aipu_cores,
         "pipeline_yaml": None if obstacle else f"{job.run}.yaml",
         "pipeline_yaml_obstacle": obstacle,
+        "device_constants": None if obstacle else _device_constants(job, given),
     }
+
+
+def _device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
+    """What the device pipe's three decimals do to mean and std, and to top-1."""
+    import numpy as np
+
+    from pipeline.metrics import agreement, top1
+    from pipeline.reference import reference_logits
+    from pipeline.splits import DatasetSplit
+    from preprocessing.apply import student_tensor
+
+    errors = [constant_error(m, s) for m, s in zip(given.mean, given.std, strict=True)]
+    channels = [
+        {"band": band, **asdict(error)} for band, error in zip(given.bands, errors, strict=True)
+    ]
+    worst = [error.worst for error in errors if error.worst is not None]
+    if len(worst) < len(errors):  # a std vanishes: there is nothing to run
+        return {"channels": channels, "worst": None}
+    result: dict[str, Any] = {"channels": channels, "worst": max(worst)}
+    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    count = len(val.labels)
+    chosen = np.unique(np.linspace(0, count - 1, min(2000, count)).round().astype(int))
+    kept = replace(
+        given,
+        mean=tuple(e.mean_kept for e in errors),
+        std=tuple(e.std_kept for e in errors),
+    )
+    exact, rounded = (
+        reference_logits(job.inputs["student"], student_tensor(val.images[chosen], how))
+        for how in (given, kept)
+    )
+    labels = val.labels[chosen]
+    result["top1_exact"], result["top1_kept"] = top1(exact, labels), top1(rounded, labels)
+    result["top1_agreement"] = agreement(exact, rounded)
+    result["n_val"], result["measured_on"] = len(chosen), "host-float"
+    return result
+
+
+def gates(params: CompileParams, facts: Facts) -> list[Gate]:
+    """The device pipe's three decimals leave the student's tensor as it is, nearly."""
+    constants = facts["device_constants"]
+    if constants is None:
+        return []
+    worst, limit = constants["worst"], params.max_constant_error
+    what = (
+        "a std vanishes" if worst is None else f"the tensor is off by up to {worst:.3g} sigma there"
+    )
+    return [
+        Gate(
+            "device_constants",
+            worst is not None and worst <= limit,
+            f"the device pipe keeps three decimals of mean / 255 and std / 255: {what} "
+            f"(limit {limit:g}); ingest.student.encoding: percentile makes them exact",
+        )
+    ]
 
 
 def _write_images(job: Job, contract: Contract, given: StudentInput, folder: Path) -> None:
@@ -69,29 +132,30 @@ def _write_images(job: Job, contract: Contract, given: StudentInput, folder: Pat
 
     import numpy as np
 
-    from pipeline.datasets import DatasetSplit
-    from preprocessing.apply import device_image
+    from pipeline.splits import DatasetSplit
+    from preprocessing.apply import exported_images
     from preprocessing.images import class_folders, write_in_order, write_png
 
-    def exported(
-        images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
-    ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        # Where the device resizes, images keep their size; else they get the network's here.
-        return images if given.device_resize else device_image(images, given)
-
     samples = json.loads((job.inputs["calibration_set"] / "samples.json").read_text())
-    train = DatasetSplit.load(job.inputs["dataset"], "train")
+    train = DatasetSplit.load(job.inputs["dataset"] / "train")
     chosen = np.searchsorted(train.rows, samples["rows"])
     write_in_order(
-        (exported(train.images[i : i + 1])[0] for i in chosen), folder / "calibration", len(chosen)
+        (exported_images(train.images[i : i + 1], given)[0] for i in chosen),
+        folder / "calibration",
+        len(chosen),
     )
-    val = DatasetSplit.load(job.inputs["dataset"], "val")
+    val = DatasetSplit.load(job.inputs["dataset"] / "val")
     names = class_folders(contract.labels)
-    for name in names:  # also for a class without a patch: the reader counts folders
+    for label, name in enumerate(names):  # the SDK's reader takes positions for class indices
         (folder / "val" / name).mkdir(parents=True)
+        if not (val.labels == label).any():
+            job.warn(
+                f"no validation patch of class {contract.labels[label]!r}: the SDK's image-folder "
+                f"reader may refuse its empty folder {name}"
+            )
     with job.progress("images val", len(val.labels)) as bar:
         for i, (label, row) in enumerate(zip(val.labels, val.rows, strict=True)):
-            image = exported(val.images[i : i + 1])[0]
+            image = exported_images(val.images[i : i + 1], given)[0]
             write_png(image, folder / "val" / names[label] / f"row{row}.png")
             bar.update(1)
     shutil.copyfile(job.inputs["labels"], folder / "labels.txt")
@@ -110,6 +174,7 @@ STAGE = Stage(
     outputs={"compiled_model": "compiled_model", "device_pipeline": "device_pipeline"},
     params=CompileParams,
     run=run,
+    gates=gates,
     ready=lambda params: require_backend(params.backend),
     tools=lambda params: backend_tools(params.backend),
 )

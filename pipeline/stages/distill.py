@@ -36,9 +36,10 @@ def run(job: Job, params: DistillParams) -> Facts:
     """Train, export, and prove the export equal to what was trained."""
     import numpy as np
 
-    from pipeline.datasets import DatasetSplit
-    from pipeline.metrics import top1, undisputed_agreement
+    from pipeline.metrics import top1
+    from pipeline.parity import compare_export
     from pipeline.reference import reference_logits
+    from pipeline.splits import DatasetSplit
     from pipeline.students import build_student, export_student, parameter_count, torch_logits
     from pipeline.training import train
     from preprocessing.apply import student_tensor
@@ -46,7 +47,7 @@ def run(job: Job, params: DistillParams) -> Facts:
 
     given = StudentInput.load(job.inputs["student_input"])
     classes = len(load_contract(job.inputs["contract"]).labels)
-    splits = {n: DatasetSplit.load(job.inputs["dataset"], n) for n in ("train", "val")}
+    splits = {n: DatasetSplit.load(job.inputs["dataset"] / n) for n in ("train", "val")}
     student = build_student(params.student, given, classes, seed=job.seed)
     scratch = job.outputs["training"]
     scratch.mkdir()
@@ -65,7 +66,6 @@ def run(job: Job, params: DistillParams) -> Facts:
 
     tensors = student_tensor(splits["val"].images, given)
     trained, exported = torch_logits(student, tensors), reference_logits(path, tensors)
-    difference = float(np.abs(trained - exported).max())
     labels = splits["val"].labels
     return {
         **facts,
@@ -77,10 +77,7 @@ def run(job: Job, params: DistillParams) -> Facts:
         "top1_val": top1(exported, labels),
         "measured_on": "host-float",
         "n_val": len(labels),
-        "export": {
-            "max_abs_logit_difference": difference,
-            "top1_agreement": undisputed_agreement(trained, exported, difference),
-        },
+        "export": compare_export(trained, exported),
     }
 
 

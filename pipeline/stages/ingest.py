@@ -5,38 +5,51 @@ from __future__ import annotations
 import glob
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
-from pipeline.sources import Bands, DataParams, TeacherParams
+from metis.device_constants import exact_range
+from pipeline.sources import SPLITS, Bands, DataParams, TeacherParams
 from pipeline.stage import Facts, InputError, Job, Stage, path_field
-from preprocessing.contract import StudentInput, contract_encoding, load_contract
+from preprocessing.contract import StudentInput, ZScore, linear_encoding, load_contract
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.datasets import Split
     from pipeline.sources import SplitParams
+    from pipeline.splits import Split
+    from pipeline.survey import BandStatistics, Survey
     from pipeline.teachers import Teacher
     from preprocessing.contract import Contract
 
-#: Patches handled at a time.
-BLOCK = 2048
+#: An encoding that gives the middle 98 % of a band fewer grey levels than this, or less than this
+#: many dB, costs accuracy; `percentile` is recommended instead.
+FEW_LEVELS = 48
+LOW_SQNR_DB = 30.0
 
 
 @dataclass(frozen=True)
 class StudentParams:
-    """What the student sees."""
+    """What the student sees, and how the device delivers it."""
 
     bands: Bands  # that it sees, in channel order
     modality: str = "optical"
     size: Annotated[int, Meta(ge=1)] = 32  # height and width of the network's input
     interpolation: Literal["nearest", "bilinear"] = "nearest"
+    half_pixel_centers: bool | None = None  # null: true for bilinear, false for nearest
+    device_resize: Literal["auto", "none", "device"] = "auto"  # none: images have the size already
+    encoding: Literal["contract", "percentile"] = (
+        "contract"  # which values grey 0 and 255 stand for
+    )
+    percentiles: tuple[
+        Annotated[float, Meta(ge=0, lt=50)], Annotated[float, Meta(gt=50, le=100)]
+    ] = (0.1, 99.9)  # of each band, for encoding percentile
 
 
 @dataclass(frozen=True)
@@ -53,14 +66,16 @@ class IngestParams:
 
 
 def sources(params: IngestParams, root: Path) -> dict[str, Path]:
-    """The contract, the labels, every data file, every teacher that a pattern matches."""
+    """The contract, the labels, every data file or folder, every teacher that a pattern matches."""
     found = {"contract": root / params.contract}
     if params.labels is not None:
         found["labels"] = root / params.labels
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         split: SplitParams = getattr(params.data, name)
-        if split.path is not None:
-            found[f"data.{name}"] = root / split.path
+        for key in ("path", "labels", "indices"):
+            value = getattr(split, key)
+            if value is not None:
+                found[f"data.{name}" if key == "path" else f"data.{name}.{key}"] = root / value
     for i, teacher in enumerate(params.teachers):
         if not glob.has_magic(teacher.path):
             found[f"teachers[{i}]"] = root / teacher.path
@@ -71,27 +86,79 @@ def sources(params: IngestParams, root: Path) -> dict[str, Path]:
     return found
 
 
+def ready(params: IngestParams) -> None:
+    """Each split is described one way."""
+    for name in SPLITS:
+        split: SplitParams = getattr(params.data, name)
+        where = f"ingest.data.{name}"
+        if split.fraction is not None and (split.path or split.rows or split.indices):
+            raise InputError(f"{where}: fraction takes from train; it goes without path and rows")
+        if split.fraction is not None and name == "train":
+            raise InputError(f"{where}: give the training split a path; others may be fractions")
+        if split.fraction is None and split.path is None:
+            raise InputError(f"{where}.path is missing: name the file of the {name} split")
+        if split.rows and split.indices:
+            raise InputError(f"{where}: rows and indices both say which rows; keep one")
+        if (params.data.format == "npy") != (split.labels is not None) and split.path:
+            raise InputError(
+                f"{where}.labels: "
+                + (
+                    "format npy keeps labels in a file of their own; name it"
+                    if params.data.format == "npy"
+                    else f"format {params.data.format} has its labels inside; leave this out"
+                )
+            )
+    student = params.student
+    if student.device_resize == "device" and student.interpolation == "nearest":
+        raise InputError(
+            "ingest.student: the device resizes bilinear whatever its pipeline says; with nearest "
+            "use device_resize none (images are exported at the network's size)"
+        )
+
+
 def run(job: Job, params: IngestParams) -> Facts:
     """Check everything, then write images, labels and the ensemble's logits."""
-    from pipeline.datasets import open_splits  # numpy
+    from pipeline.splits import check_classes, class_histogram, open_splits  # numpy, h5py
 
     contract = load_contract(job.sources["contract"])
     _check_labels_file(job, contract)
-    files = _data_files(job, params)
-    splits = open_splits(params.data, files, len(contract.labels), job.seed)
-    student = _student_input(params.student, contract, splits["train"])
+    splits = open_splits(params.data, job.sources, contract.labels, job.seed)
     teachers = _open_teachers(job, params, contract, splits["train"])
+    splits = _cached(job, params, splits)
 
-    statistics = _check_statistics(job, params, contract, splits["train"])
-    dataset = _write_dataset(job, contract, student, splits)
+    surveys = _survey(job, params, contract, splits)
+    splits = _without_bad(job, params, splits, surveys)
+    check_classes(splits["train"], len(contract.labels))
+    leaks = _report_leaks(job, params, surveys)
+    statistics = surveys["train"].statistics
+    _judge_statistics(job, params, contract, statistics, splits["train"])
+
+    student, quality = _student_input(job, params.student, contract, statistics, splits["train"])
+    labelled = _write_dataset(job, contract, student, teachers, splits)
     shutil.copyfile(job.sources["contract"], job.outputs["contract"])
     job.outputs["labels"].write_text("".join(f"{label}\n" for label in contract.labels))
     job.outputs["student_input"].write_text(student.to_json())
+    synthetic = sorted({s.source.synthetic for s in splits.values() if s.source.synthetic})
+    described = {
+        name: {
+            "patches": len(split),
+            "classes": class_histogram(split.labels, len(contract.labels)),
+            "bad_patches_dropped": len(surveys[name].bad),
+        }
+        for name, split in splits.items()
+    }
+    # Without a word of the test split: nothing that is made may depend on it.
+    known = {name: described[name] for name in ("train", "val")}
+    summary = {"contract": contract.sha256, "synthetic": synthetic, "splits": known}
+    (job.outputs["dataset"] / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
     return {
-        "splits": dataset["splits"],
-        "bands": statistics,
-        "teachers": _label(job, contract, teachers, splits),
+        "synthetic": synthetic,
+        "splits": described,
+        "leaks": leaks,
+        "bands": _band_table(contract, statistics, splits["train"]),
         "student_input": asdict(student),
+        "encoding": quality,
+        "teachers": labelled,
     }
 
 
@@ -111,41 +178,6 @@ def _check_labels_file(job: Job, contract: Contract) -> None:
                 f"{path.name}: class {i} is {line!r}, but preprocessing.json labels[{i}] is "
                 f"{label!r}"
             )
-
-
-def _data_files(job: Job, params: IngestParams) -> dict[str, Path]:
-    files = {}
-    for name in ("train", "val", "test"):
-        split: SplitParams = getattr(params.data, name)
-        where = f"ingest.data.{name}"
-        if split.fraction is not None and (split.path or split.rows):
-            raise InputError(f"{where}: fraction takes from train; it goes without path and rows")
-        if split.fraction is not None and name == "train":
-            raise InputError(
-                f"{where}: give the training split a path; the others may be fractions"
-            )
-        if split.fraction is None and split.path is None:
-            raise InputError(f"{where}.path is missing: name the file of the {name} split")
-        if split.path is not None:
-            files[name] = job.sources[f"data.{name}"]
-    return files
-
-
-def _student_input(params: StudentParams, contract: Contract, train: Split) -> StudentInput:
-    height, width, bands_in_data = train.source.shape(params.modality)
-    return StudentInput(
-        modality=params.modality,
-        bands=params.bands,
-        patch_hw=(height, width),
-        size_hw=(params.size, params.size),
-        interpolation=params.interpolation,
-        half_pixel_centers=params.interpolation == "bilinear",
-        # The device resizes bilinear, whatever its pipeline YAML says; so nearest is done before.
-        device_resize=params.interpolation == "bilinear",
-        encoding="contract",
-        contract=contract.sha256,
-        **contract_encoding(contract, params.modality, params.bands, bands_in_data),
-    )
 
 
 def _open_teachers(
@@ -172,47 +204,91 @@ def _open_teachers(
     return teachers
 
 
-def _check_statistics(
-    job: Job, params: IngestParams, contract: Contract, train: Split
+def _seen_bands(params: IngestParams) -> dict[str, list[int]]:
+    """By modality, the bands that a teacher or the student sees, ascending."""
+    seen: dict[str, set[int]] = {}
+    viewers: list[TeacherParams | StudentParams] = [*params.teachers, params.student]
+    for viewer in viewers:
+        seen.setdefault(viewer.modality, set()).update(viewer.bands)
+    return {modality: sorted(bands) for modality, bands in seen.items()}
+
+
+def _cached(job: Job, params: IngestParams, splits: dict[str, Split]) -> dict[str, Split]:
+    """With `data.cache`, the same splits over memory-mapped copies of the bands that are needed."""
+    if not params.data.cache:
+        return splits
+    from pipeline.datasets import cached
+    from pipeline.survey import BLOCK
+
+    copies = {}
+    for split in splits.values():
+        path = split.source.path
+        if path not in copies:
+            bands = _seen_bands(params)
+            copies[path] = cached(split.source, bands, job.digest(path), job.cache, BLOCK)
+    return {
+        name: replace(split, source=copies[split.source.path]) for name, split in splits.items()
+    }
+
+
+def _survey(
+    job: Job, params: IngestParams, contract: Contract, splits: dict[str, Split]
+) -> dict[str, Survey]:
+    from pipeline.survey import survey
+
+    bands = _seen_bands(params)
+    for modality, some in bands.items():
+        for split in splits.values():
+            contract.statistics(modality, some, split.source.shape(modality)[2])
+    surveys = {}
+    for name, split in splits.items():
+        with job.progress(f"survey {name}", len(split)) as bar:
+            surveys[name] = survey(split, bands, contract, bar.update)
+    return surveys
+
+
+def _without_bad(
+    job: Job, params: IngestParams, splits: dict[str, Split], surveys: dict[str, Survey]
+) -> dict[str, Split]:
+    for name, found in surveys.items():
+        if not len(found.bad):
+            continue
+        file = splits[name].source.path.name
+        rows = ", ".join(map(str, found.bad[:5])) + (", ..." if len(found.bad) > 5 else "")
+        words = f"{file}: {len(found.bad)} patches of {name} have NaN or infinity, in rows {rows}"
+        if params.data.bad_patches == "error":
+            raise InputError(f"{words}; repair them, or set ingest.data.bad_patches: drop")
+        job.warn(f"{words}; dropped")
+    return {name: split.without(surveys[name].bad) for name, split in splits.items()}
+
+
+def _report_leaks(
+    job: Job, params: IngestParams, surveys: dict[str, Survey]
 ) -> list[dict[str, Any]]:
-    """Mean and sigma of the scaled training data beside the contract's, for every modality used."""
-    import numpy as np
+    from pipeline.survey import find_leaks
 
-    from pipeline.datasets import band_statistics
-    from preprocessing.apply import scale
-
-    rows = []
-    used = dict.fromkeys([*(t.modality for t in params.teachers), params.student.modality])
-    for modality in used:
-        bands = train.source.shape(modality)[2]
-        sums, squares, count = np.zeros(bands), np.zeros(bands), 0
-        with job.progress(f"statistics {modality}", len(train)) as bar:
-            for start in range(0, len(train), BLOCK):
-                patches = train.source.read(modality, train.rows[start : start + BLOCK])
-                values = scale(patches, contract, modality).reshape(-1, bands).astype(np.float64)
-                sums += values.sum(axis=0)
-                squares += np.square(values).sum(axis=0)
-                count += len(values)
-                bar.update(len(patches))
-        mean, sigma = band_statistics(sums, squares, count)
-        given = contract.statistics(modality, range(bands), bands)
-        for band in range(bands):
-            rows.append(
-                {
-                    "modality": modality,
-                    "band": band,
-                    "mu_contract": given.mu[band] if given else None,
-                    "mu_data": float(mean[band]),
-                    "sigma_contract": given.sigma[band] if given else None,
-                    "sigma_data": float(sigma[band]),
-                }
-            )
-    _judge_statistics(job, params, rows)
-    return rows
+    leaks = find_leaks(surveys)
+    for leak in leaks:
+        rows = ", ".join(f"{a} = {b}" for a, b in leak.pairs)
+        words = (
+            f"{leak.count} patches of {leak.one} are in {leak.other} too (row of {leak.one} = row "
+            f"of {leak.other}): {rows}" + (", ..." if leak.count > len(leak.pairs) else "")
+        )
+        if params.data.on_leak == "error":
+            raise InputError(f"{words}; remove them, or set ingest.data.on_leak: warn")
+        job.warn(words)
+    return [asdict(leak) for leak in leaks]
 
 
-def _judge_statistics(job: Job, params: IngestParams, rows: list[dict[str, Any]]) -> None:
+def _judge_statistics(
+    job: Job,
+    params: IngestParams,
+    contract: Contract,
+    statistics: dict[str, BandStatistics],
+    train: Split,
+) -> None:
     """Refuse a contract whose mu and sigma are of other data, another scale or other bands."""
+    rows = _band_table(contract, statistics, train)
     wrong = []
     for row in rows:
         if row["mu_contract"] is None:
@@ -238,6 +314,29 @@ def _judge_statistics(job: Job, params: IngestParams, rows: list[dict[str, Any]]
         )
 
 
+def _band_table(
+    contract: Contract, statistics: dict[str, BandStatistics], train: Split
+) -> list[dict[str, Any]]:
+    """Per band: range of the stored values; mean and sigma of the data beside the contract's."""
+    rows = []
+    for modality, found in statistics.items():
+        given = contract.statistics(modality, found.bands, train.source.shape(modality)[2])
+        for i, band in enumerate(found.bands):
+            rows.append(
+                {
+                    "modality": modality,
+                    "band": band,
+                    "minimum": float(found.minimum[i]),
+                    "maximum": float(found.maximum[i]),
+                    "mu_contract": given.mu[i] if given else None,
+                    "mu_data": float(found.mean[i]),
+                    "sigma_contract": given.sigma[i] if given else None,
+                    "sigma_data": float(found.sigma[i]),
+                }
+            )
+    return rows
+
+
 def _side_by_side(row: dict[str, Any]) -> str:
     return (
         f"{row['modality']} band {row['band']}: mu {row['mu_contract']:g} against "
@@ -246,61 +345,112 @@ def _side_by_side(row: dict[str, Any]) -> str:
     )
 
 
-def _write_dataset(
-    job: Job, contract: Contract, student: StudentInput, splits: dict[str, Split]
-) -> dict[str, Any]:
-    """Store every split as 8-bit images: what the device will get is what the student trains on."""
+def _student_input(
+    job: Job,
+    params: StudentParams,
+    contract: Contract,
+    statistics: dict[str, BandStatistics],
+    train: Split,
+) -> tuple[StudentInput, list[dict[str, Any]]]:
+    """The student's input, and per channel how well its 8-bit encoding carries the band."""
+    from pipeline.survey import encoding_quality
+
+    height, width, bands_in_data = train.source.shape(params.modality)
+    zscore = contract.statistics(params.modality, params.bands, bands_in_data)
+    found = statistics[params.modality]
+    samples = [found.sample[:, found.bands.index(band)] for band in params.bands]
+    dst_range = contract.scaling_of(params.modality).dst_range
+    ranges = [dst_range] * len(params.bands)
+    if params.encoding == "percentile":
+        ranges = _fitted_ranges(params, zscore, samples)
+    bilinear = params.interpolation == "bilinear"
+    same_size = (height, width) == (params.size, params.size)
+    student = StudentInput(
+        modality=params.modality,
+        bands=params.bands,
+        patch_hw=(height, width),
+        size_hw=(params.size, params.size),
+        interpolation=params.interpolation,
+        half_pixel_centers=bilinear
+        if params.half_pixel_centers is None
+        else params.half_pixel_centers,
+        device_resize=not same_size
+        and (params.device_resize == "device" or (params.device_resize == "auto" and bilinear)),
+        encoding=params.encoding,
+        contract=contract.sha256,
+        **linear_encoding(ranges, zscore),
+    )
+    quality = []
+    for band, sample, (lo, hi) in zip(params.bands, samples, ranges, strict=True):
+        found_quality = encoding_quality(sample, lo, hi)
+        levels, sqnr = found_quality.levels98, found_quality.sqnr_db
+        quality.append({"band": band, "grey_lo": lo, "grey_hi": hi, **asdict(found_quality)})
+        low = sqnr is not None and (levels < FEW_LEVELS or sqnr < LOW_SQNR_DB)
+        if params.encoding == "contract" and low:
+            job.warn(
+                f"8-bit encoding: the middle 98 % of {params.modality} band {band} use "
+                f"{levels:.0f} grey levels ({sqnr:.1f} dB); ingest.student.encoding: percentile "
+                "would use most of 256"
+            )
+    return student, quality
+
+
+def _fitted_ranges(
+    params: StudentParams, zscore: ZScore | None, samples: Sequence[NDArray[np.float32]]
+) -> list[tuple[float, float]]:
+    """Per band, percentiles of the training split, widened so that the device's constants fit."""
     import numpy as np
 
-    from pipeline.datasets import class_histogram
-    from preprocessing.apply import encode
-
-    folder = job.outputs["dataset"]
-    summary: dict[str, Any] = {"contract": contract.sha256, "splits": {}}
-    for name, split in splits.items():
-        (folder / name).mkdir(parents=True)
-        shape = (len(split), *student.patch_hw, len(student.bands))
-        images = np.lib.format.open_memmap(
-            folder / name / "images.npy", mode="w+", dtype=np.uint8, shape=shape
-        )
-        with job.progress(f"images {name}", len(split)) as bar:
-            for start in range(0, len(split), BLOCK):
-                patches = split.source.read(student.modality, split.rows[start : start + BLOCK])
-                images[start : start + len(patches)] = encode(patches, contract, student)
-                bar.update(len(patches))
-        images.flush()
-        np.save(folder / name / "labels.npy", split.labels)
-        np.save(folder / name / "rows.npy", split.rows)
-        summary["splits"][name] = {
-            "patches": len(split),
-            "classes": class_histogram(split.labels, len(contract.labels)),
-        }
-    (folder / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    ranges = []
+    for i, (band, sample) in enumerate(zip(params.bands, samples, strict=True)):
+        low, high = (float(v) for v in np.percentile(sample, params.percentiles))
+        if low >= high:
+            raise InputError(
+                f"ingest.student.percentiles: {params.percentiles} of {params.modality} band "
+                f"{band} are both {low:g}; widen them"
+            )
+        # Without z-score the network sees contract units: mean 0, standard deviation 1.
+        mu, sigma = (zscore.mu[i], zscore.sigma[i]) if zscore else (0.0, 1.0)
+        ranges.append(exact_range(mu, sigma, low, high))
+    return ranges
 
 
-def _label(
-    job: Job, contract: Contract, teachers: list[Teacher], splits: dict[str, Split]
+def _write_dataset(
+    job: Job,
+    contract: Contract,
+    student: StudentInput,
+    teachers: list[Teacher],
+    splits: dict[str, Split],
 ) -> dict[str, Any]:
-    """Run the ensemble on val, to know how good it is, and on train, to keep its logits."""
+    """Store every split as 8-bit images, and what the ensemble says of val and train."""
     import numpy as np
 
     from pipeline.metrics import top1
-    from pipeline.teachers import ensemble_logits, gives_probabilities
+    from pipeline.teachers import ensemble_logits, gives_probabilities, to_logits
 
-    val = _outputs(job, contract, teachers, splits["val"], [False] * len(teachers))
-    probabilities = [gives_probabilities(outputs) for outputs in val]
+    outputs: dict[str, list[NDArray[np.float32]]] = {}
+    folders = {
+        "val": job.outputs["dataset"] / "val",
+        "train": job.outputs["dataset"] / "train",
+        "test": job.outputs["test_set"],
+    }
+    for name, folder in folders.items():
+        shown_to = teachers if name != "test" else []
+        outputs[name] = _write_split(job, contract, student, shown_to, splits[name], folder)
+    probabilities = [gives_probabilities(found) for found in outputs["val"]]
     for teacher, found in zip(teachers, probabilities, strict=True):
         if found:
             job.warn(
                 f"{teacher.path.name} ends in a softmax: its output is taken as probabilities, and "
                 "their logarithm as logits, which is the same at every temperature"
             )
-    logits = [_logits(o, p) for o, p in zip(val, probabilities, strict=True)]
     weights = [teacher.weight for teacher in teachers]
-    together = ensemble_logits(logits, weights)
-    train = _outputs(job, contract, teachers, splits["train"], probabilities)
+    val, train = (
+        [to_logits(out, found) for out, found in zip(outputs[name], probabilities, strict=True)]
+        for name in ("val", "train")
+    )
     np.save(job.outputs["teacher_logits"], ensemble_logits(train, weights))
+    together = ensemble_logits(val, weights)
     labels = splits["val"].labels
     return {
         "members": [
@@ -312,9 +462,9 @@ def _label(
                 "opset": teacher.opset,
                 "batch": teacher.batch,
                 "output": "probabilities" if found else "logits",
-                "top1_val": top1(out, labels),
+                "top1_val": top1(logits, labels),
             }
-            for teacher, found, out in zip(teachers, probabilities, logits, strict=True)
+            for teacher, found, logits in zip(teachers, probabilities, val, strict=True)
         ],
         "rule": "weighted mean of logits",
         "top1_val": top1(together, labels),
@@ -325,27 +475,54 @@ def _label(
     }
 
 
-def _outputs(
-    job: Job, contract: Contract, teachers: list[Teacher], split: Split, probabilities: list[bool]
+def _write_split(
+    job: Job,
+    contract: Contract,
+    student: StudentInput,
+    teachers: list[Teacher],
+    split: Split,
+    folder: Path,
 ) -> list[NDArray[np.float32]]:
+    """Read a split once: write its images, labels and rows; return each teacher's raw output."""
     import numpy as np
 
-    results = []
-    with job.progress(f"teachers on {split.name}", len(split) * len(teachers)) as bar:
-        for teacher, found in zip(teachers, probabilities, strict=True):
-            outputs = np.empty((len(split), len(contract.labels)), np.float32)
-            for start in range(0, len(split), BLOCK):
-                patches = split.source.read(teacher.modality, split.rows[start : start + BLOCK])
-                outputs[start : start + len(patches)] = teacher.raw(patches, contract)
-                bar.update(len(patches))
-            results.append(_logits(outputs, found))
-    return results
+    from pipeline.survey import BLOCK
+    from preprocessing.apply import encode
+
+    folder.mkdir(parents=True)
+    shape = (len(split), *student.patch_hw, len(student.bands))
+    images = np.lib.format.open_memmap(
+        folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape
+    )
+    np.save(folder / "labels.npy", split.labels)
+    np.save(folder / "rows.npy", split.rows)
+    outputs = [np.empty((len(split), len(contract.labels)), np.float32) for _ in teachers]
+    seen: dict[str, set[int]] = {student.modality: set(student.bands)}
+    for teacher in teachers:
+        seen.setdefault(teacher.modality, set()).update(teacher.bands)
+    bands = {modality: sorted(some) for modality, some in seen.items()}
+    scaling = contract.scaling_of(student.modality)
+    with job.progress(f"images and teachers, {split.name}", len(split)) as bar:
+        for start in range(0, len(split), BLOCK):
+            rows = split.rows[start : start + BLOCK]
+            here = slice(start, start + len(rows))
+            patches = {m: split.source.read(m, rows, some) for m, some in bands.items()}
+            images[here] = encode(_picked(patches, bands, student), scaling, student)
+            for teacher, out in zip(teachers, outputs, strict=True):
+                out[here] = teacher.raw(_picked(patches, bands, teacher))
+            bar.update(len(rows))
+    images.flush()
+    return outputs
 
 
-def _logits(outputs: NDArray[np.float32], probabilities: bool) -> NDArray[np.float32]:
-    from pipeline.teachers import to_logits
-
-    return to_logits(outputs, probabilities)
+def _picked(
+    patches: dict[str, NDArray[np.generic]],
+    bands: dict[str, list[int]],
+    viewer: StudentInput | Teacher,
+) -> NDArray[np.generic]:
+    """The patches as one viewer sees them: its modality, its bands, its order."""
+    columns = [bands[viewer.modality].index(band) for band in viewer.bands]
+    return patches[viewer.modality][..., columns]
 
 
 STAGE = Stage(
@@ -355,10 +532,12 @@ STAGE = Stage(
         "labels": "labels.txt",
         "student_input": "student_input.json",
         "dataset": "dataset",
+        "test_set": "test_set",
         "teacher_logits": "teacher_logits.npy",
     },
     params=IngestParams,
     run=run,
     sources=sources,
+    ready=ready,
     tools=lambda params: ("onnxruntime",),
 )

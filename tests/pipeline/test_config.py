@@ -1,4 +1,5 @@
 import re
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -41,13 +42,17 @@ def test_the_template_holds_every_key_and_says_the_truth_about_defaults(tmp_path
     tree = yaml.safe_load(text)
     for stage in ("distill", "calibrate", "compile", "benchmark"):
         assert template.params[stage] == defaults.params[stage]
-        assert set(tree[stage]) == set(vars(template.params[stage]))
+        assert set(tree[stage]) == {f.name for f in fields(template.params[stage])}
     ingest = template.params["ingest"]
     assert set(tree["ingest"]) == set(vars(ingest))
     assert set(tree["ingest"]["student"]) == set(vars(ingest.student))
     assert set(tree["ingest"]["teachers"][0]) == set(vars(ingest.teachers[0]))
     assert set(tree["ingest"]["data"]) == set(vars(ingest.data))
     assert ingest.max_mean_shift == defaults.params["ingest"].max_mean_shift
+    for name in ("bad_patches", "on_leak", "cache", "format"):
+        assert getattr(ingest.data, name) == getattr(defaults.params["ingest"].data, name)
+    for name in ("half_pixel_centers", "device_resize", "encoding", "percentiles", "interpolation"):
+        assert getattr(ingest.student, name) == getattr(defaults.params["ingest"].student, name)
 
 
 @pytest.mark.parametrize(

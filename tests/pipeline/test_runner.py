@@ -349,7 +349,7 @@ def test_a_users_mistake_leaves_the_manifest_byte_for_byte(bench):
 
 def test_a_first_run_that_cannot_start_makes_no_folder(bench):
     (bench.root / "contract.txt").unlink()
-    with pytest.raises(InputError, match=r"kdpipe.yaml: read.contract: there is no file contract"):
+    with pytest.raises(InputError, match=r"kdpipe.yaml: read.contract: there is no contract"):
         bench.run()
     assert not (bench.root / "runs").exists()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from pipeline.datasets import DatasetSplit
+from pipeline.splits import DatasetSplit
 from pipeline.stage import StageError
 from pipeline.stages.distill import DistillParams
 from pipeline.training import StudentBatches, train

@@ -17,7 +17,7 @@ from preprocessing.apply import (
     student_tensor,
     teacher_tensor,
 )
-from preprocessing.contract import StudentInput, contract_encoding, parse_contract
+from preprocessing.contract import StudentInput, linear_encoding, parse_contract
 
 
 def contract_of(scaling, mu, sigma, labels=("a", "b")):
@@ -30,6 +30,16 @@ def contract_of(scaling, mu, sigma, labels=("a", "b")):
                 "labels": list(labels),
             }
         ).encode()
+    )
+
+
+def as_teacher(patches, contract, bands, size):
+    """What a teacher on these bands gets for patches of all bands."""
+    return teacher_tensor(
+        patches[..., list(bands)],
+        contract.scaling_of("optical"),
+        contract.statistics("optical", bands, patches.shape[-1]),
+        size,
     )
 
 
@@ -49,16 +59,19 @@ def student_of(contract, bands=(2, 1, 0), size=(8, 8), patch=(8, 8), interpolati
         device_resize=interpolation == "bilinear",
         encoding="contract",
         contract=contract.sha256,
-        **contract_encoding(contract, "optical", bands, len(MU)),
+        **linear_encoding(
+            [contract.scaling_of("optical").dst_range] * len(bands),
+            contract.statistics("optical", bands, len(MU)),
+        ),
     )
 
 
 def test_scaling_by_hand():
     patches = np.array([0.0, 1.4, 2.8, 5.6]).reshape(1, 1, 1, 4)
-    linear = scale(patches, contract_of(LINEAR, MU, SIGMA), "optical")
+    linear = scale(patches, contract_of(LINEAR, MU, SIGMA).scaling_of("optical"))
     assert linear.ravel().tolist() == pytest.approx([0, 127.5, 255, 510])  # no clipping
     patches = np.array([-3.0, -0.5, 0.1, 9.0]).reshape(1, 1, 1, 4)
-    clipped = scale(patches, contract_of(CLIPPED, MU, SIGMA), "optical")
+    clipped = scale(patches, contract_of(CLIPPED, MU, SIGMA).scaling_of("optical"))
     assert clipped.ravel().tolist() == pytest.approx([0, 0, 153, 255])
     assert linear.dtype == clipped.dtype == np.float32
 
@@ -66,7 +79,7 @@ def test_scaling_by_hand():
 def test_a_teacher_gets_scale_then_zscore_in_nchw():
     contract = contract_of(LINEAR, MU, SIGMA)
     patches = np.random.default_rng(0).uniform(0, 0.3, (2, 8, 8, 4))
-    tensor = teacher_tensor(patches, contract, "optical", (2, 0), (8, 8))
+    tensor = as_teacher(patches, contract, (2, 0), (8, 8))
     assert tensor.shape == (2, 2, 8, 8)
     by_hand = (patches[1, 3, 5, 2] * 255 / 2.8 - 9.206) / 6.044
     assert tensor[1, 0, 3, 5] == pytest.approx(by_hand, rel=1e-5, abs=1e-5)
@@ -76,15 +89,15 @@ def test_the_callers_patches_stay_as_they_are():
     patches = np.random.default_rng(0).uniform(0, 1, (2, 4, 4, 4)).astype(np.float32)
     before = patches.copy()
     contract = contract_of(CLIPPED, MU, SIGMA)
-    scale(patches, contract, "optical")
-    encode(patches, contract, student_of(contract))
+    scale(patches, contract.scaling_of("optical"))
+    encode(patches[..., :3], contract.scaling_of("optical"), student_of(contract))
     assert np.array_equal(patches, before)
 
 
 @given(hnp.arrays(np.float64, (1, 4, 4, 4), elements=st.floats(0, 2.8)))
 def test_zscore_can_be_undone(patches):
     contract = contract_of(LINEAR, MU, SIGMA)
-    tensor = teacher_tensor(patches, contract, "optical", (0, 1, 2, 3), (4, 4))
+    tensor = as_teacher(patches, contract, (0, 1, 2, 3), (4, 4))
     back = tensor.transpose(0, 2, 3, 1) * np.array(SIGMA) + np.array(MU)
     assert back == pytest.approx(patches * 255 / 2.8, abs=255 * 2e-6)
 
@@ -97,8 +110,8 @@ def test_permuting_bands_in_contract_and_data_together_changes_nothing(patches, 
     bands = (2, 1, 0)
     permuted = contract_of(LINEAR, [MU[i] for i in order], [SIGMA[i] for i in order])
     moved = tuple(order.index(b) for b in bands)
-    one = teacher_tensor(patches, contract_of(LINEAR, MU, SIGMA), "optical", bands, (4, 4))
-    other = teacher_tensor(patches[..., order], permuted, "optical", moved, (4, 4))
+    one = as_teacher(patches, contract_of(LINEAR, MU, SIGMA), bands, (4, 4))
+    other = as_teacher(patches[..., order], permuted, moved, (4, 4))
     assert np.array_equal(one, other)
 
 
@@ -106,15 +119,16 @@ def test_grey_levels_are_rounded_half_to_even_and_clipped():
     contract = contract_of({**LINEAR, "src_range": [0, 255]}, MU, SIGMA)
     values = np.array([-7, 0.5, 1.5, 2.4999, 254.5, 255.4, 999]).reshape(-1, 1, 1, 1)
     patches = np.repeat(values, 4, axis=3)
-    grey = encode(patches, contract, student_of(contract, bands=(0,)))
+    grey = encode(patches[..., :1], contract.scaling_of("optical"), student_of(contract, (0,)))
     assert grey.ravel().tolist() == [0, 0, 2, 2, 254, 255, 255]
 
 
 @given(hnp.arrays(np.float64, (2, 3, 3, 4), elements=st.floats(0, 2.8)))
 def test_encoding_is_off_by_half_a_grey_level_at_most(patches):
     contract = contract_of(LINEAR, MU, SIGMA)
-    grey = encode(patches, contract, student_of(contract))
-    exact = scale(patches, contract, "optical")[..., [2, 1, 0]]
+    picked = patches[..., [2, 1, 0]]
+    grey = encode(picked, contract.scaling_of("optical"), student_of(contract))
+    exact = scale(picked, contract.scaling_of("optical"))
     assert np.abs(grey - exact).max() <= 0.5 + 1e-4
 
 
@@ -135,11 +149,9 @@ def test_the_students_tensor_is_the_normalized_device_image_bit_for_bit(images, 
 @given(hnp.arrays(np.float32, (1, 4, 6, 4), elements=st.floats(0, 2.75, width=32)))
 def test_nearest_resize_commutes_with_the_affine(patches):
     contract = contract_of(LINEAR, MU, SIGMA)
-    after = teacher_tensor(patches, contract, "optical", (2, 1), (12, 18))
+    after = as_teacher(patches, contract, (2, 1), (12, 18))
     before = resize_float(patches, (12, 18), "nearest")
-    assert np.array_equal(
-        after, teacher_tensor(before, contract, "optical", (2, 1), before.shape[1:3])
-    )
+    assert np.array_equal(after, as_teacher(before, contract, (2, 1), before.shape[1:3]))
 
 
 sizes = st.integers(1, 48)

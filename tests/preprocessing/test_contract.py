@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from preprocessing.contract import (
     ContractError,
     StudentInput,
-    contract_encoding,
+    linear_encoding,
     load_contract,
     parse_contract,
 )
@@ -182,7 +182,8 @@ def test_mean_and_std_in_grey_levels_are_the_zscore_of_the_decoded_value(
         "optical": {"type": "linear", "src_range": [0, 1], "dst_range": [low, low + width]}
     }
     tree["zscore"] = {"enabled": True, "mu": [mu], "sigma": [sigma]}
-    encoding = contract_encoding(parse(tree), "optical", [0], bands_in_data=1)
+    zscore = parse(tree).statistics("optical", [0], bands_in_data=1)
+    encoding = linear_encoding([(low, low + width)], zscore)
     decoded = low + grey / 255 * width
     expected = (decoded - mu) / sigma
     found = (grey - encoding["mean"][0]) / encoding["std"][0]
@@ -201,7 +202,7 @@ def test_a_student_input_survives_its_file(tmp_path):
         device_resize=True,
         encoding="contract",
         contract=contract.sha256,
-        **contract_encoding(contract, "optical", [2, 1, 0], 4),
+        **linear_encoding([(0.0, 255.0)] * 3, contract.statistics("optical", [2, 1, 0], 4)),
     )
     path = tmp_path / "student_input.json"
     path.write_text(given.to_json())

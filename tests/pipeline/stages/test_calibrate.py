@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.datasets import DatasetSplit
+from pipeline.splits import DatasetSplit
 from pipeline.stage import InputError
 from pipeline.stages.calibrate import CalibrateParams, choose_samples, gates
 
@@ -74,7 +74,7 @@ def test_the_record_says_which_samples_calibrated(finished):
     assert samples.shape == (32, 1, 3, 16, 16)
     assert hashlib.sha256(samples.tobytes()).hexdigest() == facts["calibration"]["sha256"]
     rows = json.loads((folder / "samples.json").read_text())["rows"]
-    train = DatasetSplit.load(finished.artifact("dataset"), "train")
+    train = DatasetSplit.load(finished.artifact("dataset") / "train")
     assert set(rows) <= set(train.rows.tolist())
 
 

@@ -5,7 +5,7 @@ import onnxruntime as ort
 import pytest
 from tiny_project import make_teacher
 
-from pipeline.datasets import DatasetSplit
+from pipeline.splits import DatasetSplit
 from preprocessing.apply import encode, teacher_tensor
 from preprocessing.contract import StudentInput, load_contract
 
@@ -16,14 +16,19 @@ def facts(project):
 
 def test_cached_logits_are_the_ensembles_on_each_training_sample(finished):
     contract = load_contract(finished.root / "preprocessing.json")
-    train = DatasetSplit.load(finished.artifact("dataset"), "train")
+    train = DatasetSplit.load(finished.artifact("dataset") / "train")
     cached = np.load(finished.artifact("teacher_logits"), mmap_mode="r")
     assert cached.shape == (len(train.labels), 3)
     patches = np.load(finished.root / "train.npz")["images"]
     direct = []
     for name, bands in (("dense_a", (0, 1, 2)), ("dense_b", (3, 2, 1))):
         session = ort.InferenceSession(str(finished.root / "teachers" / f"{name}.onnx"))
-        tensor = teacher_tensor(patches[train.rows], contract, "optical", bands, (16, 16))
+        tensor = teacher_tensor(
+            patches[train.rows][..., list(bands)],
+            contract.scaling_of("optical"),
+            contract.statistics("optical", bands, 4),
+            (16, 16),
+        )
         direct.append([session.run(None, {"input": row[None]})[0][0] for row in tensor])
     order = np.random.default_rng(0).permutation(len(cached))
     assert cached[order] == pytest.approx(np.mean(direct, axis=0)[order], abs=1e-5)
@@ -32,17 +37,23 @@ def test_cached_logits_are_the_ensembles_on_each_training_sample(finished):
 def test_stored_images_are_the_encoded_patches_of_their_rows(finished):
     contract = load_contract(finished.artifact("contract"))
     given = StudentInput.load(finished.artifact("student_input"))
-    for name, file in (("train", "train.npz"), ("val", "train.npz"), ("test", "test.npz")):
-        split = DatasetSplit.load(finished.artifact("dataset"), name)
+    dataset, test_set = finished.artifact("dataset"), finished.artifact("test_set")
+    for folder, file in (
+        (dataset / "train", "train.npz"),
+        (dataset / "val", "train.npz"),
+        (test_set, "test.npz"),
+    ):
+        split = DatasetSplit.load(folder)
         with np.load(finished.root / file) as archive:
-            assert np.array_equal(
-                split.images, encode(archive["images"][split.rows], contract, given)
-            )
+            picked = archive["images"][split.rows][..., list(given.bands)]
+            encoded = encode(picked, contract.scaling_of("optical"), given)
+            assert np.array_equal(split.images, encoded)
             assert np.array_equal(split.labels, archive["labels"][split.rows])
 
 
 def test_the_test_split_is_used_by_no_stage_but_the_benchmark(finished):
     """Other test patches change what is measured, and nothing that is made."""
+    finished.kdpipe("run")
     before = finished.manifest["artifacts"]
     with np.load(finished.root / "test.npz") as archive:
         np.savez(
@@ -50,11 +61,13 @@ def test_the_test_split_is_used_by_no_stage_but_the_benchmark(finished):
             images=archive["images"][::-1] * 0.5,
             labels=archive["labels"],
         )
-    assert finished.kdpipe("run", "--allow", "gate=int8_loss").returncode == 0
+    result = finished.kdpipe("run")
+    assert result.returncode == 0
+    ran = [line.split()[0] for line in result.stderr.splitlines() if " runs " in line]
+    assert ran == ["ingest", "benchmark"]
     after = finished.manifest["artifacts"]
-    same = ["student", "teacher_logits", "calibration_set", "quantized_model", "compiled_model"]
-    assert [after[n]["sha256"] for n in same] == [before[n]["sha256"] for n in same]
-    assert after["dataset"]["sha256"] != before["dataset"]["sha256"]
+    changed = {name for name in before if after[name]["sha256"] != before[name]["sha256"]}
+    assert changed == {"test_set", "bundle", "benchmark_report"}
 
 
 def test_the_facts_describe_members_ensemble_and_data(finished):
@@ -62,7 +75,11 @@ def test_the_facts_describe_members_ensemble_and_data(finished):
     assert [m["name"] for m in found["teachers"]["members"]] == ["dense_a", "dense_b"]
     assert [m["batch"] for m in found["teachers"]["members"]] == [None, 1]
     assert found["teachers"]["top1_val"] > 0.95
-    assert found["splits"]["train"] == {"patches": 180, "classes": [60, 60, 60]}
+    assert found["splits"]["train"] == {
+        "patches": 180,
+        "classes": [60, 60, 60],
+        "bad_patches_dropped": 0,
+    }
     assert found["splits"]["val"]["patches"] == 60
     band = found["bands"][2]
     assert band["mu_contract"] == pytest.approx(band["mu_data"], rel=0.05)
