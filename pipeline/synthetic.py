@@ -29,14 +29,14 @@ SAR_BANDS = 8
 #: Reflectance of water, conifers, grass, soil, asphalt, concrete, red roof, metal roof.
 _SPECTRA = np.array(
     [
-        [0.090, 0.080, 0.055, 0.050, 0.045, 0.045, 0.040, 0.040, 0.020, 0.015],
-        [0.085, 0.075, 0.055, 0.085, 0.200, 0.245, 0.255, 0.275, 0.130, 0.065],
-        [0.095, 0.100, 0.080, 0.130, 0.270, 0.325, 0.330, 0.355, 0.220, 0.120],
-        [0.120, 0.130, 0.155, 0.180, 0.205, 0.225, 0.230, 0.250, 0.300, 0.240],
-        [0.125, 0.115, 0.110, 0.115, 0.125, 0.130, 0.130, 0.135, 0.140, 0.130],
-        [0.165, 0.165, 0.170, 0.180, 0.190, 0.200, 0.205, 0.210, 0.225, 0.210],
-        [0.120, 0.115, 0.160, 0.190, 0.205, 0.215, 0.215, 0.230, 0.240, 0.200],
-        [0.215, 0.210, 0.205, 0.210, 0.220, 0.225, 0.235, 0.235, 0.230, 0.215],
+        [0.085, 0.075, 0.060, 0.055, 0.045, 0.045, 0.040, 0.040, 0.020, 0.015],
+        [0.085, 0.078, 0.062, 0.085, 0.200, 0.245, 0.255, 0.275, 0.130, 0.065],
+        [0.095, 0.098, 0.085, 0.130, 0.270, 0.325, 0.330, 0.355, 0.220, 0.120],
+        [0.112, 0.118, 0.128, 0.165, 0.205, 0.225, 0.230, 0.250, 0.300, 0.240],
+        [0.112, 0.108, 0.106, 0.110, 0.125, 0.130, 0.130, 0.135, 0.140, 0.130],
+        [0.142, 0.142, 0.145, 0.165, 0.190, 0.200, 0.205, 0.210, 0.225, 0.210],
+        [0.115, 0.112, 0.135, 0.170, 0.205, 0.215, 0.215, 0.230, 0.240, 0.200],
+        [0.178, 0.175, 0.172, 0.185, 0.220, 0.225, 0.235, 0.235, 0.230, 0.215],
     ]
 )
 
@@ -70,6 +70,12 @@ _MIXTURES = np.array(
 #: Edge of the uniform cells of a class, in pixels: its texture.
 _CELL = (2, 1, 1, 4, 2, 2, 1, 8, 4, 4, 2, 4, 2, 8, 4, 8, 16)
 
+#: How much of haze, calibration error and noise each optical band gets: the visible ones most.
+_VISIBLE = np.array([1, 1, 1, 0.6, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1])
+
+#: Cities in one file.
+_CITIES = 16
+
 _BLOCK = 256
 
 
@@ -91,7 +97,7 @@ def write_so2sat(
         progress: called with the number of patches just written.
     """
     random = np.random.default_rng(seed)
-    cities = random.normal(1.0, 0.07, (6, len(OPTICAL_BANDS))) * random.normal(1.0, 0.05, (6, 1))
+    cities = _Cities(random)
     labels = random.permutation(np.arange(patches) % CLASSES)
     with h5py.File(path, "w") as file:
         file.attrs[MARK] = f"kdpipe synth so2sat --patches {patches} --seed {seed}"
@@ -101,11 +107,18 @@ def write_so2sat(
         for start in range(0, patches, _BLOCK):
             chosen = labels[start : start + _BLOCK]
             materials = _material_maps(chosen, random)
-            gains = cities[random.integers(len(cities), size=len(chosen))]
             stop = start + len(chosen)
-            sen2[start:stop] = _optical(materials, gains, random)
+            sen2[start:stop] = _optical(materials, cities, random)
             sen1[start:stop] = _sar(materials, random)
             progress(len(chosen))
+
+
+class _Cities:
+    """Some cities; each has its gain per band, and its haze, which the visible bands see most."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self.gain = random.normal(1.0, 0.015 + 0.045 * _VISIBLE, (_CITIES, len(OPTICAL_BANDS)))
+        self.haze = random.uniform(0, 0.020, (_CITIES, 1)) * _VISIBLE
 
 
 def _material_maps(labels: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
@@ -113,11 +126,11 @@ def _material_maps(labels: NDArray[np.int64], random: np.random.Generator) -> ND
     maps = np.empty((len(labels), SIZE, SIZE), np.int64)
     for i, label in enumerate(labels):
         # A patch is never the pure class: its shares vary, and another class reaches into it.
-        shares = random.dirichlet(_MIXTURES[label] * 12 + 0.02)
+        shares = random.dirichlet(_MIXTURES[label] * 24 + 0.02)
         other = random.dirichlet(_MIXTURES[random.integers(CLASSES)] * 12 + 0.02)
-        blend = random.beta(1, 4)
+        blend = random.beta(1, 8)
         shares = (1 - blend) * shares + blend * other
-        cell = _CELL[label]
+        cell = min(SIZE, max(1, round(_CELL[label] * random.choice([0.5, 1, 2]))))
         cells = -(-SIZE // cell)
         drawn = random.choice(len(shares), size=(cells, cells), p=shares)
         grown = drawn.repeat(cell, axis=0).repeat(cell, axis=1)
@@ -127,7 +140,7 @@ def _material_maps(labels: NDArray[np.int64], random: np.random.Generator) -> ND
 
 
 def _optical(
-    materials: NDArray[np.int64], gains: NDArray[np.float64], random: np.random.Generator
+    materials: NDArray[np.int64], cities: _Cities, random: np.random.Generator
 ) -> NDArray[np.float64]:
     """Reflectance, (N, 32, 32, 10): spectra, blurred by the sensor, shaded, with noise."""
     clean = _SPECTRA[materials]
@@ -136,14 +149,16 @@ def _optical(
         for step in (-1, 1):
             blurred += 0.1 * np.roll(clean, step, axis=axis)
     shade = random.normal(1, 0.10, (*materials.shape[:1], 1, 1, 1))
-    noisy = blurred * shade * gains[:, None, None, :]
-    noisy += random.normal(0, 0.008, blurred.shape)
-    return np.clip(noisy, 0.0001, 2.8)
+    city = random.integers(len(cities.gain), size=len(materials))
+    noisy = blurred * shade * cities.gain[city, None, None] + cities.haze[city, None, None]
+    noisy += random.normal(0, 0.010 + 0.015 * _VISIBLE, blurred.shape)
+    reflectance: NDArray[np.float64] = np.clip(noisy, 0.0001, 2.8)
+    return reflectance
 
 
 def _sar(materials: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.float64]:
     """VH and VV, real and imaginary, smoothed intensities and covariance, (N, 32, 32, 8)."""
-    amplitude = _SCATTER[materials] * random.gamma(4, 0.25, (*materials.shape[:1], 1, 1))
+    amplitude = _SCATTER[materials] * random.gamma(16, 1 / 16, (*materials.shape[:1], 1, 1))
     cross = amplitude * np.sqrt(_CROSS[materials])
 
     def speckled(mean: NDArray[np.float64]) -> NDArray[np.complex128]:

@@ -96,6 +96,45 @@ def test_the_sdks_strict_reader_can_take_it():
     assert f"# preprocessing.json sha256: {GIVEN.contract}" in text
 
 
+def test_compiler_settings_have_the_form_of_the_sdks_release():
+    def compilation(release, cores=1):
+        text = render_yaml(GIVEN, replace(PIPELINE, sdk_release=release, aipu_cores=cores))
+        return yaml.safe_load(text)["models"]["lcz"]["extra_kwargs"]
+
+    assert compilation("1.8") == {
+        "compilation_config": {
+            "quantization_scheme": "per_tensor_histogram",
+            "aipu_cores_used": 1,
+            "resources_used": 0.25,
+        }
+    }
+    assert compilation("1.3", cores=4)["compilation_config"]["resources_used"] == 1.0
+    assert compilation("1.2", cores=2) == {
+        "aipu_cores": 2,
+        "max_compiler_cores": 2,
+        "compilation_config": {
+            "quantization_config": {
+                "ptq_scheme": "per_tensor_histogram",
+                "quantizer_version": 2,
+                "remove_quantization_of_inputs_outputs_from_graph": True,
+                "quantization_debug": False,
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize("prefix", ["/data/lcz", "$AXELERA_FRAMEWORK/customers/lcz/"])
+def test_file_names_may_be_given_a_place(prefix):
+    text = render_yaml(GIVEN, replace(PIPELINE, path_prefix=prefix))
+    tree = yaml.safe_load(text)
+    place = prefix.rstrip("/")
+    assert tree["models"]["lcz"]["weight_path"] == f"{place}/student.onnx"
+    dataset = tree["datasets"]["lcz-images"]
+    assert dataset["repr_imgs_dir_path"] == f"{place}/lcz-images/calibration"
+    assert dataset["labels_path"] == f"{place}/lcz-images/labels.txt"
+    assert dataset["val_data"] == "val"
+
+
 @given(st.floats(2**-20, 2**20, width=32))
 def test_printed_numbers_read_back_as_the_same_float32(value):
     text = shortest_float32(value)
