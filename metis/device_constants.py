@@ -26,9 +26,7 @@ class ConstantError:
     mean_kept: float  # grey levels, as the device pipe keeps it
     std_kept: float
     scale_error: float | None  # std / std_kept - 1; None when std vanishes
-    worst: (
-        float | None
-    )  # largest error of the tensor for |z| <= 3, in standard deviations; likewise
+    worst: float | None  # of the tensor for |z| <= 3, in standard deviations; likewise
 
 
 def constant_error(mean: float, std: float) -> ConstantError:

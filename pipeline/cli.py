@@ -31,6 +31,7 @@ import click
 
 from metis.backend import BackendError, BackendMissingError
 from pipeline.config import DEFAULT_CONFIG, ConfigError, load_config, nearest
+from pipeline.launch import follow, is_follower, leading
 from pipeline.manifest import ManifestError
 from pipeline.report import parse_report, summary_lines
 from pipeline.runner import BusyError, GateError, Runner, Terminated
@@ -167,8 +168,12 @@ def run(
     if dry_run:
         _dry_run(RunState(settings, stages), selected, force, as_json)
         return
+    if is_follower():
+        follow(settings.folder)
+        return
     runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
-    ran = runner.run(selected, force=force, allow=_allowed(allow))
+    with leading(settings.folder):
+        ran = runner.run(selected, force=force, allow=_allowed(allow))
     report = runner.state.artifact("benchmark_report")
     shown = None
     if report and "benchmark" in selected:
@@ -265,6 +270,45 @@ def verify(
     failed = [leg for leg, _, passed in legs if passed is False]
     if failed:
         raise ParityError("; ".join(f"parity, {leg.name}: {leg.words()}" for leg in failed))
+
+
+@commands.command()
+@_config_options
+@click.option("--shard", metavar="I/N", default="1/1", help="Every N-th block, from the I-th on.")
+@click.option("--check", is_flag=True, help="Say what is missing; ask nobody.")
+@_debug_option
+def label(
+    config: Path,
+    run_name: str | None,
+    changes: Sequence[str],
+    shard: str,
+    check: bool,
+    debug: bool,
+) -> None:
+    """Ask the teachers now, in several processes or machines; `kdpipe run` finds their answers.
+
+    The answers lie in runs/.cache/labels. Machines without a common disk copy that folder together;
+    --check tells when it is complete, and `kdpipe run` asks for whatever is missing.
+    """
+    from pipeline.runner import job_outside_a_run
+    from pipeline.stages.ingest import label_shard
+
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ConfigError(f"--shard {shard!r}: write I/N with I from 1 to N, such as 2/4")
+    stages = load_stages()
+    state = RunState(load_config(config, stages, changes=changes, run=run_name), stages)
+    part = None if check else (int(match[1]) - 1, int(match[2]))
+    params = state.config.params["ingest"]
+    stages["ingest"].ready(params)
+    job = job_outside_a_run(state, "ingest", lambda words: _to_stderr(f"warning  {words}"))
+    missing = 0
+    for name, absent, blocks in label_shard(job, params, part):
+        click.echo(f"{name:<10} {blocks - absent} of {blocks} blocks are there")
+        missing += absent
+    state.digests.save()
+    if check and missing:
+        raise InputError(f"{missing} blocks are missing; `kdpipe run` or another shard makes them")
 
 
 @commands.command()

@@ -89,7 +89,8 @@ def open_source(
         data: the section `ingest.data`.
         path: the file or folder.
         labels: format npy: the file of class indices, if there is one.
-        classes: names; format image-folder knows its folders by them.
+        classes: names; format image-folder knows its folders by them; empty: one flat folder of
+            images without labels.
 
     Raises:
         InputError: not a source of this format, or not as described.
@@ -232,6 +233,9 @@ def open_image_folder(path: Path, modality: str, classes: Sequence[str]) -> Patc
     """
     if not path.is_dir():
         raise InputError(f"{path.name} is a file; format image-folder needs a folder of classes")
+    if not classes:
+        files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES]
+        return _image_source(path, modality, files, None)
     found = sorted(p.name for p in path.iterdir() if p.is_dir())
     named = list(classes) if set(found) == set(classes) else class_folders(classes)
     if set(found) != set(named):
@@ -239,14 +243,20 @@ def open_image_folder(path: Path, modality: str, classes: Sequence[str]) -> Patc
             f"{path.name}: its folders are {', '.join(found) or 'none'}; needed is one per class, "
             f"called {', '.join(classes)} or {', '.join(class_folders(classes))}"
         )
-    files: list[Path] = []
+    files = []
     labels: list[int] = []
     for label, name in enumerate(named):
         images = [p for p in sorted((path / name).iterdir()) if p.suffix.lower() in SUFFIXES]
         files += images
         labels += [label] * len(images)
+    return _image_source(path, modality, files, np.array(labels, np.int64))
+
+
+def _image_source(
+    path: Path, modality: str, files: Sequence[Path], labels: NDArray[np.int64] | None
+) -> PatchSource:
     if not files:
-        raise InputError(f"{path.name}: no image ({', '.join(SUFFIXES)}) in its folders")
+        raise InputError(f"{path.name}: no image ({', '.join(SUFFIXES)}) in it")
     height, width, channels = _image(path, files[0]).shape
 
     def read(modality: str, rows: NDArray[np.int64], bands: Sequence[int]) -> NDArray[np.generic]:
@@ -265,7 +275,7 @@ def open_image_folder(path: Path, modality: str, classes: Sequence[str]) -> Patc
         path=path,
         count=len(files),
         shapes={modality: (height, width, channels)},
-        labels=np.array(labels, np.int64),
+        labels=labels,
         reader=read,
     )
 

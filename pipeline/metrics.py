@@ -1,4 +1,4 @@
-"""How good, how equal, how fast: numbers from logits and labels. numpy only."""
+"""How good, how equal: numbers from logits and labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import softmax
+from sklearn.metrics import f1_score, recall_score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +36,37 @@ def undisputed_agreement(
     best = np.sort(reference, axis=1)[:, -2:]
     clear = best[:, 1] - best[:, 0] > tolerance
     return agreement(reference[clear], other[clear]) if clear.any() else 1.0
+
+
+def expected_calibration_error(
+    logits: NDArray[np.floating], labels: NDArray[np.int64], bins: int = 15
+) -> float:
+    """How far confidence is from accuracy, 0..1: their gap per bin, weighted by the bin's rows.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,), class indices.
+        bins: of equal width over the confidence, the softmax probability of the chosen class.
+
+    Source:
+        Guo, Pleiss, Sun, Weinberger 2017, section 2.
+    """
+    confidence = softmax(logits.astype(np.float64), axis=1).max(axis=1)
+    right = logits.argmax(axis=1) == labels
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(bin_of, weights=right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def macro_f1(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
+    """F1 score 0..1, the unweighted mean over the classes that appear."""
+    return float(f1_score(labels, logits.argmax(axis=1), average="macro", zero_division=0))
+
+
+def balanced_accuracy(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
+    """Recall 0..1, the unweighted mean over the classes that appear in the labels."""
+    present = np.unique(labels)
+    return float(recall_score(labels, logits.argmax(axis=1), labels=present, average="macro"))
 
 
 def sqnr_db(signal: NDArray[np.floating], noisy: NDArray[np.floating]) -> float | None:

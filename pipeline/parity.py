@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.stages.distill import DistillParams
+
 #: Exported images that are compared, evenly spaced over the split; the leg says how many.
 SAMPLES = 2000
 
@@ -116,12 +118,17 @@ def _difference(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 
 
 def export_values(
-    student: str, weights: Path, given: StudentInput, classes: int, onnx: Path, val: DatasetSplit
+    params: DistillParams,
+    weights: Path,
+    given: StudentInput,
+    classes: int,
+    onnx: Path,
+    val: DatasetSplit,
 ) -> dict[str, float]:
     """Torch student against ONNX student, computed anew; needs the extra `train`.
 
     Args:
-        student: name of the timm network.
+        params: the section `distill`, which names the network.
         weights: student.safetensors.
         given: the student's input.
         classes: number of classes.
@@ -132,7 +139,7 @@ def export_values(
 
     from pipeline.students import build_student, torch_logits
 
-    network = build_student(student, given, classes, seed=0)
+    network = build_student(params.student, given, classes, seed=0, stem_stride=params.stem_stride)
     network.load_state_dict(load_file(weights))
     tensors = student_tensor(val.images, given)
     return compare_export(torch_logits(network, tensors), reference_logits(onnx, tensors))

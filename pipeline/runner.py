@@ -253,6 +253,8 @@ class Runner:
         for generation in (self.folder / name).iterdir():
             if generation.name not in current:
                 shutil.rmtree(generation, ignore_errors=True)
+        for scratch in (self.folder / "scratch").glob(f"{name}-*"):
+            shutil.rmtree(scratch, ignore_errors=True)
         self.state.digests.save()
 
     def _manifest(self) -> Manifest:
@@ -374,6 +376,8 @@ class _Attempt:
             facts={n: r.facts for n, r in (manifest.stages if manifest else {}).items() if r.key},
             progress=_progress,
             warn=self._warnings.append,
+            scratch=self._scratch(key_of(parts)),
+            logs=self._log.with_suffix(""),
             cache=self._state.config.root / "runs" / ".cache",
             digest=self._digest,
             also_read=self._also_read,
@@ -424,6 +428,14 @@ class _Attempt:
         """Remove what is half written; with --debug it stays until the next attempt."""
         if not self._keep:
             shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _scratch(self, key: str) -> Path:
+        """Where this stage finds what a killed attempt with the same inputs left, and no other."""
+        own = self._state.folder / "scratch" / f"{self._name}-{key[:16]}"
+        for other in own.parent.glob(f"{self._name}-*"):
+            if other != own:
+                shutil.rmtree(other, ignore_errors=True)
+        return own
 
     def _also_read(self, source: str, path: Path) -> None:
         beside = self._stage.sources(self._params, self._state.config.root)[source].parent
@@ -500,6 +512,34 @@ class _Attempt:
             root.removeHandler(handler)
             root.setLevel(level)
             handler.close()
+
+
+def job_outside_a_run(state: RunState, name: str, warn: Callable[[str], None]) -> Job:
+    """What a stage would be given, without a place to write to: for work that only fills caches.
+
+    Raises:
+        InputError: a source is missing.
+    """
+    params = state.config.params[name]
+    sources = state.stages[name].sources(params, state.config.root)
+    for source, path in sources.items():
+        if not path.exists():
+            raise InputError(f"source {source} of {name} is missing: {state.shown(path)}")
+    return Job(
+        run=state.config.run,
+        seed=state.config.seed,
+        inputs={},
+        outputs={},
+        sources=sources,
+        facts={},
+        progress=_progress,
+        warn=warn,
+        scratch=state.folder / "scratch" / f"{name}-outside",
+        logs=state.folder / "logs",
+        cache=state.config.root / "runs" / ".cache",
+        digest=lambda path: state.digests.path(path)[0],
+        also_read=lambda source, path: None,
+    )
 
 
 def _progress(what: str, total: int) -> tqdm[Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.datasets import open_source
-from pipeline.sources import SPLITS
+from pipeline.sources import UNLABELLED
 from pipeline.stage import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ class Split:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Class index of every row."""
+        """Class index of every row; UNLABELLED throughout the split of that name."""
+        if self.name == "unlabeled":
+            return np.full(len(self.rows), UNLABELLED, np.int64)
         labels = self.source.labels
         if labels is None:
             raise InputError(f"data.{self.name}: {self.source.path.name} has no labels")
@@ -61,7 +63,7 @@ def open_splits(
         InputError: a source is not as described, a label is out of range, a split is empty, lacks
             a class in training, or shares rows with another.
     """
-    given: dict[str, SplitParams] = {name: getattr(data, name) for name in SPLITS}
+    given = data.splits
     opened: dict[Path, PatchSource] = {}
     splits: dict[str, Split] = {}
     for name, params in given.items():
@@ -69,7 +71,10 @@ def open_splits(
             path = files[f"data.{name}"]
             if path not in opened:
                 labels = files.get(f"data.{name}.labels")
-                opened[path] = open_source(data, path, labels, classes)
+                opened[path] = open_source(
+                    data, path, labels, classes if name != "unlabeled" else ()
+                )
+            if name != "unlabeled":
                 _check_labels(opened[path], name, len(classes))
             rows = _rows(name, params, opened[path], files.get(f"data.{name}.indices"))
             splits[name] = Split(name, opened[path], rows)
@@ -80,7 +85,7 @@ def open_splits(
             splits[name] = Split(name, train.source, taken)
             splits["train"] = Split("train", train.source, left)
     _check_splits(splits, len(classes))
-    return {name: splits[name] for name in SPLITS}
+    return {name: splits[name] for name in given}
 
 
 def _check_labels(source: PatchSource, name: str, classes: int) -> None:

@@ -75,6 +75,8 @@ class Job:
     facts: Mapping[str, Facts]  # of the earlier stages, by stage
     progress: Callable[[str, int], tqdm[Any]]  # (what, how many) -> a bar with update(n), a context
     warn: Callable[[str], None]  # tell the user and the record
+    scratch: Path  # of this stage with these inputs: what a killed attempt left is there again
+    logs: Path  # folder for logs of any form
     cache: Path  # folder for copies that can be made again; shared by the runs of a project
     digest: Callable[[Path], str]  # sha256 of a source
     also_read: Callable[[str, Path], None]  # (source, file beside it): found only while working

@@ -1,4 +1,4 @@
-"""Teacher networks in ONNX: open, check, run."""
+"""Teacher networks: open, check, run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
-from pipeline.reference import open_session
+from pipeline.prefetch import prefetched
+from pipeline.reference import Threads, fastest_threads, open_session
 from pipeline.stage import InputError
+from pipeline.teacher_graphs import (
+    GraphError,
+    leading_normalization,
+    trailing_softmax,
+    with_outputs,
+)
 from preprocessing.apply import teacher_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    import onnxruntime as ort
     from numpy.typing import NDArray
 
     from pipeline.sources import TeacherParams
@@ -27,8 +33,8 @@ if TYPE_CHECKING:
 #: Patches per call where a model's batch size is free.
 BATCH = 256
 
-#: Probabilities are taken as at least this before their logarithm; float32 holds no less.
-SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
+#: Patches per call when threads are compared.
+_TRIAL_BATCH = 16
 
 _INPUT_TYPES: dict[int, type[np.floating[Any]]] = {
     TensorProto.FLOAT: np.float32,
@@ -41,61 +47,142 @@ class Teacher:
     """One checked teacher."""
 
     name: str  # file name without suffix
-    path: Path
-    modality: str
-    bands: tuple[int, ...]
-    weight: float
-    resize: str  # interpolation from patch to input size
+    files: tuple[Path, ...]  # its file and those with weights outside; none when from a hub
+    params: TeacherParams
     scaling: Scaling
-    zscore: ZScore | None  # of its bands
+    zscore: ZScore | None  # of its bands; None when z-scoring is off or done by the graph
     size_hw: tuple[int, int]
     layout: str
     batch: int | None  # fixed batch size, None when free
     dtype: type[np.floating[Any]]  # of the input
-    opset: int
-    external: tuple[Path, ...]  # files with weights outside the ONNX file
-    session: ort.InferenceSession
+    opset: int | None  # None for a torch teacher
+    ending: str  # "logits"; "softmax cut off" when its own output came after a softmax
+    infer: Callable[[NDArray[Any]], list[NDArray[Any]]]  # one batch in; logits, then features
 
-    def raw(self, patches: NDArray[np.generic]) -> NDArray[np.float32]:
-        """The model's output for stored patches of its bands, in its order, (N, H, W, C).
+    @property
+    def modality(self) -> str:
+        """Of its bands."""
+        return self.params.modality
+
+    @property
+    def bands(self) -> tuple[int, ...]:
+        """That it sees, in channel order."""
+        return self.params.bands
+
+    def prepare(self, patches: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Stored patches of its bands, in its order, (N, H, W, C), as the contract wants them.
 
         Returns:
-            float32, (N, classes): logits or probabilities, whatever the model ends with.
+            float32, (N, C, H', W'), see `teacher_tensor`.
         """
-        tensor: NDArray[Any] = teacher_tensor(
-            patches, self.scaling, self.zscore, self.size_hw, interpolation=self.resize
+        return teacher_tensor(
+            patches, self.scaling, self.zscore, self.size_hw, interpolation=self.params.resize
         )
-        if self.layout == "NHWC":
-            tensor = np.ascontiguousarray(tensor.transpose(0, 2, 3, 1))
-        tensor = tensor.astype(self.dtype, copy=False)
-        name = self.session.get_inputs()[0].name
+
+    def outputs(
+        self,
+        patches: NDArray[np.generic],
+        prepare: Callable[[NDArray[np.generic]], NDArray[np.float32]] | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """What the network says of some patches.
+
+        Args:
+            patches: stored values of its bands, in its order, (N, H, W, C).
+            prepare: makes tensors of them in another way than the contract's.
+
+        Returns:
+            float32: its final output (N, classes), then every tensor of `params.features`.
+        """
         step = self.batch or BATCH
-        outputs = []
-        for start in range(0, len(tensor), step):
-            part = tensor[start : start + step]
-            short = step - len(part) if self.batch else 0
-            if short:  # a fixed batch needs its size; what fills it up is thrown away
-                part = np.concatenate([part, np.repeat(part[-1:], short, axis=0)])
-            result = self.session.run(None, {name: part})[0]
-            outputs.append(result[: step - short].reshape(-1, result.shape[-1]))
-        return np.concatenate(outputs).astype(np.float32, copy=False)
+        tensors = prefetched(self._batches(patches, step, prepare or self.prepare))
+        parts = [
+            [part[:count].astype(np.float32) for part in self._run(tensor)]
+            for tensor, count in tensors
+        ]
+        first, *features = (np.concatenate(same) for same in zip(*parts, strict=True))
+        return [first.reshape(len(patches), -1), *features]
+
+    def _batches(
+        self,
+        patches: NDArray[np.generic],
+        step: int,
+        prepare: Callable[[NDArray[np.generic]], NDArray[np.float32]],
+    ) -> Iterator[tuple[NDArray[Any], int]]:
+        for start in range(0, len(patches), step):
+            tensor: NDArray[Any] = prepare(patches[start : start + step])
+            count = len(tensor)
+            if self.layout == "NHWC":
+                tensor = np.ascontiguousarray(tensor.transpose(0, 2, 3, 1))
+            if self.batch and count < step:  # a fixed batch needs its size; the rest is thrown away
+                tensor = np.concatenate([tensor, np.repeat(tensor[-1:], step - count, axis=0)])
+            yield tensor.astype(self.dtype, copy=False), count
+
+    def _run(self, tensor: NDArray[Any]) -> list[NDArray[Any]]:
+        first, *features = self.infer(tensor)
+        return [first.reshape(len(tensor), -1), *features]
 
 
 def open_teacher(
-    path: Path, params: TeacherParams, contract: Contract, bands_in_data: int
+    path: Path | None,
+    params: TeacherParams,
+    contract: Contract,
+    bands_in_data: int,
+    threads: Threads | None = None,
 ) -> Teacher:
     """Open a teacher and check it against the contract and the data.
 
+    Args:
+        path: its ONNX file, or the weights of a torch teacher; None: those of a hub.
+        params: how it is described in kdpipe.yaml.
+        contract: statistics and classes.
+        bands_in_data: of its modality.
+        threads: for onnxruntime.
+
     Raises:
         InputError: unreadable, truncated or unsafe file; not one input; wrong channel count, input
-            size, type or number of classes. The message names the file.
+            size, type or number of classes; a second normalization. The message names the file.
         ContractError: the contract has no statistics for the teacher's bands.
     """
     zscore = contract.statistics(params.modality, params.bands, bands_in_data)
+    if params.zscore == "graph":
+        zscore = None
+    if params.timm is not None:
+        from pipeline.torch_teachers import open_torch_teacher
+
+        teacher = open_torch_teacher(path, params, contract, zscore)
+    else:
+        assert path is not None, "ingest's own checks"
+        teacher = _open_onnx(path, params, contract, zscore, threads)
+    _check_classes(teacher, contract)
+    return teacher
+
+
+def choose_threads(teacher: Teacher) -> Threads | None:
+    """Measure how onnxruntime runs a teacher fastest on this machine; None for a torch teacher."""
+    if teacher.opset is None:
+        return None
+    channels, (height, width) = len(teacher.bands), teacher.size_hw
+    batch = teacher.batch or _TRIAL_BATCH
+    shape = (
+        (batch, channels, height, width)
+        if teacher.layout == "NCHW"
+        else (batch, height, width, channels)
+    )
+    return fastest_threads(teacher.files[0], shape, teacher.dtype)
+
+
+def _open_onnx(
+    path: Path,
+    params: TeacherParams,
+    contract: Contract,
+    zscore: ZScore | None,
+    threads: Threads | None,
+) -> Teacher:
     model, external = _read(path)
     source = _only_input(path, model)
     channels_first = contract.layout == "NCHW"
-    dims = [d.dim_value if d.HasField("dim_value") else None for d in source.tensor_type.shape.dim]
+    tensor_type = source.type.tensor_type
+    dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor_type.shape.dim]
     if len(dims) != 4:
         raise InputError(f"{path.name}: its input has {len(dims)} dimensions, not 4")
     batch, channels = dims[0], dims[1 if channels_first else 3]
@@ -105,34 +192,66 @@ def open_teacher(
             f"{path.name}: its input has {channels} channels ({contract.layout}), but its bands in "
             f"kdpipe.yaml are {list(params.bands)}"
         )
-    if source.tensor_type.elem_type not in _INPUT_TYPES:
-        kind = TensorProto.DataType.Name(source.tensor_type.elem_type).lower()
+    if tensor_type.elem_type not in _INPUT_TYPES:
+        kind = TensorProto.DataType.Name(tensor_type.elem_type).lower()
         raise InputError(f"{path.name}: its input is {kind}; float or float16 is needed")
-    try:
-        session = open_session(path)
-    except Exception as error:  # onnxruntime's exceptions share no narrower base
-        raise InputError(f"{path.name}: onnxruntime can't run it: {_first_line(error)}") from error
-    teacher = Teacher(
+    _check_normalization(path, model, params, zscore)
+    logits = trailing_softmax(model)
+    session = _session(path, model, [logits] if logits else [], params.features, threads)
+    name = source.name
+    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    return Teacher(
         name=path.stem,
-        path=path,
-        modality=params.modality,
-        bands=params.bands,
-        weight=params.weight,
-        resize=params.resize,
+        files=(path, *external),
+        params=params,
         scaling=contract.scaling_of(params.modality),
         zscore=zscore,
         size_hw=(height or contract.size_hw[0], width or contract.size_hw[1]),
         layout=contract.layout,
         batch=batch,
-        dtype=_INPUT_TYPES[source.tensor_type.elem_type],
-        opset=max(
-            (o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0
-        ),
-        external=external,
-        session=session,
+        dtype=_INPUT_TYPES[tensor_type.elem_type],
+        opset=max(versions, default=0),
+        ending="softmax cut off" if logits else "logits",
+        infer=lambda tensor: session.run(None, {name: tensor}),
     )
-    _check_classes(teacher, contract)
-    return teacher
+
+
+def _session(
+    path: Path,
+    model: onnx.ModelProto,
+    logits: list[str],
+    features: Iterable[str],
+    threads: Threads | None,
+) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """The session of a model, edited where its own output is not the one that is wanted."""
+    wanted = [*(logits or [model.graph.output[0].name]), *features]
+    try:
+        if wanted == [value.name for value in model.graph.output]:
+            return open_session(path, threads, cuda=True)
+        whole = onnx.load(path)  # with its weights: a model in memory has no folder to look in
+        return open_session(with_outputs(whole, wanted).SerializeToString(), threads, cuda=True)
+    except GraphError as error:
+        raise InputError(f"{path.name}: {error}") from error
+    except Exception as error:  # onnxruntime's exceptions share no narrower base
+        raise InputError(f"{path.name}: onnxruntime can't run it: {_first_line(error)}") from error
+
+
+def _check_normalization(
+    path: Path, model: onnx.ModelProto, params: TeacherParams, zscore: ZScore | None
+) -> None:
+    """Refuse to normalize twice, or not at all, unless the config says so."""
+    nodes = leading_normalization(model)
+    if nodes and zscore is not None and params.zscore == "contract":
+        raise InputError(
+            f"{path.name} normalizes its input itself ({', '.join(nodes)}), and preprocessing.json "
+            "asks for a z-score before; say which with ingest.teachers.zscore: graph (only the "
+            "graph does) or both (one after the other)"
+        )
+    if not nodes and params.zscore == "graph":
+        raise InputError(
+            f"{path.name}: ingest.teachers.zscore is graph, but its graph does not begin with a "
+            "normalization (Sub, Add, Div, Mul by constants, or BatchNormalization)"
+        )
 
 
 def _read(path: Path) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
@@ -166,14 +285,14 @@ def _external_files(model: onnx.ModelProto) -> Iterator[str]:
             yield str(ExternalDataInfo(tensor).location)
 
 
-def _only_input(path: Path, model: onnx.ModelProto) -> onnx.TypeProto:
+def _only_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
     weights = {initializer.name for initializer in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs) or "none"
         raise InputError(f"{path.name} has {len(inputs)} inputs ({names}); a teacher has one")
-    kind: onnx.TypeProto = inputs[0].type
-    return kind
+    only: onnx.ValueInfoProto = inputs[0]
+    return only
 
 
 def _check_classes(teacher: Teacher, contract: Contract) -> None:
@@ -181,12 +300,12 @@ def _check_classes(teacher: Teacher, contract: Contract) -> None:
     height, width = teacher.size_hw
     zeros = np.zeros((1, height, width, len(teacher.bands)), np.float32)
     try:
-        classes = teacher.raw(zeros).shape[-1]
+        classes = teacher.outputs(zeros)[0].shape[-1]
     except Exception as error:  # onnxruntime's exceptions share no narrower base
-        raise InputError(f"{teacher.path.name} fails on a patch: {_first_line(error)}") from error
+        raise InputError(f"{teacher.name} fails on a patch: {_first_line(error)}") from error
     if classes != len(contract.labels):
         raise InputError(
-            f"{teacher.path.name} has {classes} classes, but preprocessing.json labels "
+            f"{teacher.name} has {classes} classes, but preprocessing.json labels "
             f"{len(contract.labels)}"
         )
 
@@ -194,30 +313,3 @@ def _check_classes(teacher: Teacher, contract: Contract) -> None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def gives_probabilities(outputs: NDArray[np.float32]) -> bool:
-    """Whether rows look like the output of a softmax: none below 0, each sums to 1 within 1e-3."""
-    return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=1e-3))
-
-
-def to_logits(outputs: NDArray[np.float32], probabilities: bool) -> NDArray[np.float32]:
-    """Outputs (N, classes) as logits.
-
-    The logarithm of softmax(z) is z minus one number per row, and softmax(z / T) does not change
-    when such a number is taken off: for every temperature it is as good as z.
-    """
-    if not probabilities:
-        return outputs
-    return np.log(np.maximum(outputs, SMALLEST_PROBABILITY))
-
-
-def ensemble_logits(
-    members: Sequence[NDArray[np.float32]], weights: Sequence[float]
-) -> NDArray[np.float32]:
-    """Weighted mean of the members' logits, each (N, classes); weights are divided by their sum."""
-    total = sum(weights)
-    mean = np.zeros_like(members[0], dtype=np.float64)
-    for logits, weight in zip(members, weights, strict=True):
-        mean += logits * (weight / total)
-    return mean.astype(np.float32)

@@ -1,135 +1,83 @@
-"""The Lightning module around the losses, and the data that feeds it."""
+"""Train a student: Lightning, resumed where a kill left it, in one process or several."""
 
 from __future__ import annotations
 
+import csv
 import logging
-import math
+import os
+import pickle
+import shutil
 import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import lightning
+import msgspec
+import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import save_file
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from pipeline.losses import hard_loss, soft_loss
-from pipeline.stage import StageError
-from preprocessing.apply import student_tensor
+from pipeline.distillation import Distillation, FeatureTaps
+from pipeline.launch import announced
+from pipeline.splits import DatasetSplit
+from pipeline.stages.distill import DistillParams
+from pipeline.student_data import (
+    InOrder,
+    Order,
+    StudentBatches,
+    balanced_weights,
+    class_shares,
+    loader,
+)
+from pipeline.students import build_student
+from pipeline.teaching import Teaching
+from preprocessing.contract import StudentInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
-    from tqdm import tqdm
-
-    from pipeline.splits import DatasetSplit
-    from pipeline.stages.distill import DistillParams
-    from preprocessing.contract import StudentInput
-
-Batch = tuple["Tensor", "Tensor", "Tensor"]
+    from torch import nn
 
 # Lightning prints through a handler of its own; kdpipe's log already has its words.
 logging.getLogger("lightning").handlers.clear()
 
 
-class StudentBatches(Dataset[Batch]):
-    """Whole batches of student tensors, labels and teacher logits, by lists of indices."""
+@dataclass(frozen=True)
+class Task:
+    """One training, described so that another process can take part in it."""
 
-    def __init__(
-        self, split: DatasetSplit, given: StudentInput, teacher_logits: NDArray[np.float32] | None
-    ) -> None:
-        """Nothing is read before a batch is asked for; without teacher, its logits are empty."""
-        self._split = split
-        self._given = given
-        self._teacher = teacher_logits
+    params: DistillParams
+    dataset: str  # folders and files
+    teaching: str
+    contract: str
+    student_input: str
+    init: str | None  # file of weights to start from
+    classes: int
+    seed: int
+    taught: bool  # False: the same student, steps and labelled data, without teacher
+    folder: str  # for checkpoints and results; what is there is gone on with
+    logs: str  # for TensorBoard
 
-    def __len__(self) -> int:
-        """The number of samples."""
-        return len(self._split.labels)
+    @property
+    def given(self) -> StudentInput:
+        """The student's input."""
+        return StudentInput.load(Path(self.student_input))
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        """The batch of these samples: (N, C, H, W), (N,), (N, classes) or (N, 0)."""
-        tensor = student_tensor(self._split.images[indices], self._given)
-        labels = torch.from_numpy(self._split.labels[indices])
-        if self._teacher is None:
-            teacher = torch.empty(len(indices), 0)
-        else:
-            teacher = torch.from_numpy(self._teacher[indices])
-        return torch.from_numpy(tensor), labels, teacher
-
-
-class Distillation(lightning.LightningModule):
-    """Trains a student on labels and teacher logits."""
-
-    def __init__(self, student: nn.Module, params: DistillParams, steps: int) -> None:
-        """Wrap the student; `steps` is the length of the learning-rate schedule."""
-        super().__init__()
-        self.student = student
-        self._params = params
-        self._steps = steps
-        self._right = 0
-        self._seen = 0
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Logits of the student."""
-        logits: Tensor = self.student(tensor)
-        return logits
-
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """hard_weight * cross-entropy + soft_weight * T^2 * KL, each part logged."""
-        tensor, labels, teacher = batch
-        logits = self(tensor)
-        hard = hard_loss(logits, labels)
-        soft = soft_loss(logits, teacher, temperature=self._params.temperature)
-        loss = self._params.hard_weight * hard + self._params.soft_weight * soft
-        if not torch.isfinite(loss):
-            raise StageError(
-                f"the loss became {loss.item()} in epoch {self.current_epoch}; lower "
-                "distill.learning_rate, or lengthen distill.warmup_epochs"
-            )
-        self.log_dict(
-            {"loss": loss, "hard_loss": hard, "soft_loss": soft}, on_step=False, on_epoch=True
+    def network(self) -> nn.Module:
+        """The student as training finds it."""
+        return build_student(
+            self.params.student,
+            self.given,
+            self.classes,
+            seed=self.seed,
+            stem_stride=self.params.stem_stride,
+            init=Path(self.init) if self.init else None,
         )
-        return loss
-
-    def on_validation_epoch_start(self) -> None:
-        """Count anew."""
-        self._right = self._seen = 0
-
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Count the right answers."""
-        tensor, labels, _ = batch
-        self._right += int((self(tensor).argmax(dim=1) == labels).sum())
-        self._seen += len(labels)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log top-1 over the whole validation split."""
-        self.log("val_top1", self._right / max(1, self._seen))
-
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own dictionary
-        """AdamW; the learning rate warms up linearly, then follows a cosine to zero."""
-        optimizer = torch.optim.AdamW(
-            self.student.parameters(),
-            lr=self._params.learning_rate,
-            weight_decay=self._params.weight_decay,
-        )
-        warmup = max(1, round(self._steps * self._params.warmup_epochs / self._params.epochs))
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self._steps - warmup)))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
 
 
 class _Bar(Callback):
@@ -138,85 +86,304 @@ class _Bar(Callback):
     def __init__(self, bar: tqdm[Any]) -> None:
         self._bar = bar
 
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        total = (trainer.max_epochs or 0) * trainer.num_training_batches
+        self._bar.reset(total=int(total))
+        self._bar.update(trainer.current_epoch * int(trainer.num_training_batches))
+
     def on_train_batch_end(self, *args: object, **kwargs: object) -> None:
         self._bar.update(1)
 
 
-def train(
-    student: nn.Module,
-    params: DistillParams,
-    given: StudentInput,
-    splits: dict[str, DatasetSplit],
-    teacher_logits: NDArray[np.float32],
-    *,
-    seed: int,
-    folder: Path,
-    progress: Callable[[str, int], tqdm[Any]],
-) -> dict[str, Any]:
-    """Train the student in place and leave it with the weights of its best validation epoch.
+class _KeepHistory(Callback):
+    """Writes the history as metrics.csv after every epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if trainer.is_global_zero and isinstance(pl_module, Distillation):
+            write_history(pl_module.history, self._path)
+
+
+def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
+    """One row per epoch; columns are all names that occur."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def train_all(
+    tasks: Sequence[Task], folder: Path, progress: Callable[[str, int], tqdm[Any]]
+) -> list[dict[str, Any]]:
+    """Do several trainings one after the other, together with the processes that take part.
 
     Args:
-        student: the network.
-        params: how.
-        given: the student's input.
-        splits: "train" and "val".
-        teacher_logits: float32, (N, classes), in the order of the training split.
-        seed: of everything random.
-        folder: gets student.safetensors (the best weights) and metrics.csv.
+        tasks: what to do.
+        folder: of the run; followers find the tasks there.
         progress: makes a progress bar.
 
     Returns:
-        Facts: epochs, best epoch, its validation top-1, the last losses.
+        The facts of each, see `train`.
+    """
+    with announced(folder, msgspec.json.encode(list(tasks))):
+        return [train(task, progress) for task in tasks]
+
+
+def take_part(file: Path) -> None:
+    """Train along, as a process of higher rank, what a file describes."""
+    for task in msgspec.json.decode(file.read_bytes(), type=list[Task]):
+        train(task, lambda what, total: tqdm(total=total, disable=True))
+
+
+def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, Any]:
+    """Train one student; `folder` gets student.safetensors, best-<k>.safetensors, metrics.csv.
+
+    Args:
+        task: what to do.
+        progress: makes a progress bar.
+
+    Returns:
+        Facts: epochs, best epoch, the last losses, what was resumed.
 
     Raises:
+        InputError: a layer or tensor that features name is not there.
         StageError: the loss is no longer finite.
     """
-    lightning.seed_everything(seed, verbose=False)
-    train_batches = _loader(StudentBatches(splits["train"], given, teacher_logits), params, True)
-    val_batches = _loader(StudentBatches(splits["val"], given, None), params, False)
-    student.train()  # Lightning leaves a module in the mode it finds it in
-    steps = params.epochs * len(train_batches)
-    module = Distillation(student, params, steps)
-    best = ModelCheckpoint(
-        dirpath=folder, filename="best", monitor="val_top1", mode="max", save_weights_only=True
-    )
-    with progress(f"train {params.student}", steps) as bar:
-        trainer = lightning.Trainer(
-            max_epochs=params.epochs,
-            accelerator=params.accelerator,
-            devices=1,
-            logger=CSVLogger(folder, name="", version=""),
-            callbacks=[best, LearningRateMonitor("epoch"), _Bar(bar)],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            gradient_clip_val=params.gradient_clip,
-            log_every_n_steps=1,
-            num_sanity_val_steps=0,
-            deterministic="warn",
-            default_root_dir=folder,
+    params, folder = task.params, Path(task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lightning.seed_everything(task.seed, verbose=False)
+    student = task.network()
+    teaching = None
+    if task.taught and params.teacher == "ensemble":
+        teaching = Teaching(Path(task.teaching), Path(task.contract))
+    best, last = _checkpoints(params, folder)
+    resumed = _resume_point(folder / "checkpoints")
+    with progress(f"train {params.student}", 1) as bar:
+        trainer = _trainer(task, [_KeepHistory(folder / "metrics.csv"), best, last, _Bar(bar)])
+        data = StudentBatches(_splits(task), task.given, teaching)
+        order = _order(task, data, teaching, trainer.world_size, trainer.global_rank)
+        module = Distillation(
+            student,
+            params if task.taught else untaught(params),
+            params.epochs * -(-len(order) // params.accumulate_batches),
+            seed=task.seed,
+            taps=_taps(task, student, data, teaching),
+            peer=_peer(task),
+            class_weights=_class_weights(task, data),
         )
-        _fit(trainer, module, train_batches, val_batches)
-    saved = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
-    module.load_state_dict(saved["state_dict"])
-    module.cpu()
-    # Lightning's checkpoint names folders of this machine; the weights alone can travel.
-    Path(best.best_model_path).unlink()
-    save_file(module.student.state_dict(), folder / "student.safetensors")
+        student.train()  # Lightning leaves a module in the mode it finds it in
+        plain = StudentBatches(
+            {"val": DatasetSplit.load(Path(task.dataset) / "val")}, task.given, None
+        )
+        in_order = InOrder(len(plain), params.batch_size)
+        _fit(
+            trainer,
+            module,
+            loader(data, order, params.workers),
+            loader(plain, in_order, params.workers),
+            resumed,
+        )
+    if not trainer.is_global_zero:
+        return {}
+    best_epoch = _keep_weights(best, module, folder)
+    shutil.rmtree(folder / "checkpoints")  # they name folders of this machine; weights can travel
+    write_history(module.history, folder / "metrics.csv")
+    losses = {n: v for n, v in module.history[-1].items() if n.endswith("loss")}
     return {
-        "epochs": trainer.current_epoch,
-        "best_epoch": int(saved["epoch"]) + 1,
-        "losses": {
-            name: float(trainer.callback_metrics[name])
-            for name in ("loss", "hard_loss", "soft_loss")
-        },
+        "epochs": len(module.history),
+        "steps": trainer.global_step,
+        "best_epoch": best_epoch + 1,
+        "losses": losses,
+        "resumed_after_epoch": None if resumed is None else _epoch_of(resumed) + 1,
     }
+
+
+def _checkpoints(params: DistillParams, folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """The best epochs' weights, and everything of the last epoch."""
+    best = ModelCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="best-{epoch}",
+        monitor="val_top1",
+        mode="max",
+        save_top_k=params.keep_checkpoints,
+        save_weights_only=True,
+        save_on_train_epoch_end=True,
+    )
+    # Lightning writes the new file before it deletes the old one: there is always a whole one.
+    last = ModelCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="last-{epoch}",
+        monitor=None,
+        save_top_k=1,
+        save_on_train_epoch_end=True,
+    )
+    return best, last
+
+
+def _trainer(task: Task, callbacks: list[Callback]) -> lightning.Trainer:
+    params = task.params
+    if params.early_stop_patience is not None:
+        patience = params.early_stop_patience
+        early = EarlyStopping(
+            "val_top1", mode="max", patience=patience, check_on_train_epoch_end=True
+        )
+        callbacks = [*callbacks, early]
+    return lightning.Trainer(
+        max_epochs=params.epochs,
+        accelerator=params.accelerator,
+        devices=params.devices,
+        num_nodes=params.num_nodes,
+        strategy=params.strategy,
+        precision=params.precision,
+        accumulate_grad_batches=params.accumulate_batches,
+        logger=_loggers(params, Path(task.logs)),
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=params.gradient_clip,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # Order divides the samples among the processes
+        deterministic="warn",
+        default_root_dir=Path(task.folder),
+    )
+
+
+def untaught(params: DistillParams) -> DistillParams:
+    """The same training with the labels alone."""
+    return replace(
+        params,
+        hard_weight=1.0,
+        soft_weight=0.0,
+        feature_weight=0.0,
+        features=(),
+        teacher="ensemble",
+    )
+
+
+def _splits(task: Task) -> dict[str, DatasetSplit]:
+    folder = Path(task.dataset)
+    names = ["train"]
+    if task.taught and task.params.teacher == "ensemble" and (folder / "unlabeled").exists():
+        names.append("unlabeled")
+    return {name: DatasetSplit.load(folder / name) for name in names}
+
+
+def _order(
+    task: Task, data: StudentBatches, teaching: Teaching | None, processes: int, rank: int
+) -> Order:
+    """The batches of an epoch; a training without teacher takes as many steps as one with."""
+    params = task.params
+    weights = (
+        balanced_weights(data.labels(), task.classes) if params.sampling == "balanced" else None
+    )
+    steps = None
+    unlabeled = Path(task.dataset) / "unlabeled"
+    if not task.taught and params.teacher == "ensemble" and unlabeled.exists():
+        whole = len(data) + len(DatasetSplit.load(unlabeled).labels)
+        steps = max(1, whole // (params.batch_size * processes))
+    return Order(
+        len(data),
+        params.batch_size,
+        seed=task.seed,
+        views=teaching.ensemble.views.count if teaching else 1,
+        steps=steps,
+        weights=weights,
+        rank=rank,
+        processes=processes,
+    )
+
+
+def _taps(
+    task: Task, student: nn.Module, data: StudentBatches, teaching: Teaching | None
+) -> FeatureTaps | None:
+    if teaching is None or not task.params.features:
+        return None
+    batch = data[(0, [0, 1])]
+    names = teaching.ensemble.feature_names
+    return FeatureTaps(student, task.params.features, names, batch.tensor, batch.features)
+
+
+def _peer(task: Task) -> nn.Module | None:
+    if not task.taught or task.params.teacher != "mutual":
+        return None
+    return build_student(
+        task.params.peer or task.params.student,
+        task.given,
+        task.classes,
+        seed=task.seed + 1,
+        stem_stride=task.params.stem_stride,
+    ).train()
+
+
+def _class_weights(task: Task, data: StudentBatches) -> torch.Tensor | None:
+    if task.params.class_weights == "none":
+        return None
+    shares = class_shares(data.labels(), task.classes)
+    present = shares > 0
+    weights = np.zeros(task.classes, np.float32)
+    weights[present] = 1 / (present.sum() * shares[present])  # their mean over the samples is 1
+    return torch.from_numpy(weights)
+
+
+def _loggers(params: DistillParams, folder: Path) -> list[Logger]:
+    found: list[Logger] = []
+    if "tensorboard" in params.loggers:
+        found.append(TensorBoardLogger(folder, name="", version=""))
+    if "wandb" in params.loggers:
+        found.append(WandbLogger(save_dir=folder, offline="WANDB_API_KEY" not in os.environ))
+    return found
+
+
+def _resume_point(folder: Path) -> Path | None:
+    """The checkpoint of the last epoch that was written whole."""
+    found = sorted(folder.glob("last-epoch=*.ckpt"), key=_epoch_of, reverse=True)
+    for path in found:
+        try:
+            torch.load(path, weights_only=False, map_location="cpu", mmap=True)
+        except (RuntimeError, EOFError, OSError, BadZipFile, pickle.UnpicklingError):
+            path.unlink()  # a kill came while it was written
+            continue
+        return path
+    return None
+
+
+def _epoch_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.rpartition("=")[2])
+
+
+def _keep_weights(best: ModelCheckpoint, module: Distillation, folder: Path) -> int:
+    """Write the weights of the best epochs, best first; leave the best in the module."""
+    ranked = sorted(best.best_k_models.items(), key=lambda item: -float(item[1]))
+    best_epoch = -1
+    for place, (path, _) in reversed(list(enumerate(ranked, start=1))):
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        module.cpu().load_state_dict(saved["state_dict"])
+        save_file(module.best.state_dict(), folder / f"best-{place}.safetensors")
+        best_epoch = int(saved["epoch"])
+    shutil.copyfile(folder / "best-1.safetensors", folder / "student.safetensors")
+    return best_epoch
+
+
+def trained(task: Task) -> nn.Module:
+    """The student with the weights of its best epoch, in evaluation mode."""
+    network = task.network()
+    network.load_state_dict(load_file(Path(task.folder) / "student.safetensors"))
+    return network.eval()
 
 
 def _fit(
     trainer: lightning.Trainer,
     module: Distillation,
-    train_batches: DataLoader[Batch],
-    val_batches: DataLoader[Batch],
+    train_batches: Any,  # noqa: ANN401 - a DataLoader
+    val_batches: Any,  # noqa: ANN401 - likewise
+    resumed: Path | None,
 ) -> None:
     """Fit; an interruption comes out as the interruption it was.
 
@@ -224,21 +391,10 @@ def _fit(
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, train_batches, val_batches)
+        trainer.fit(module, train_batches, val_batches, ckpt_path=resumed)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
-
-
-def _loader(data: StudentBatches, params: DistillParams, shuffle: bool) -> DataLoader[Batch]:
-    sampler = RandomSampler(data) if shuffle else SequentialSampler(data)
-    # The last, short batch of an epoch is left out: batch normalization needs more than one sample.
-    drop_last = shuffle and len(data) >= params.batch_size
-    return DataLoader(
-        data,
-        batch_size=None,
-        sampler=BatchSampler(sampler, params.batch_size, drop_last=drop_last),
-    )

@@ -68,7 +68,8 @@ def verify_parity(state: RunState) -> list[tuple[Leg, str, bool | None]]:
     if find_spec("torch") and find_spec("timm"):
         classes = len(load_contract(paths["contract"]).labels)
         weights = paths["training"] / "student.safetensors"
-        values = export_values(distill["student"], weights, given, classes, paths["student"], val)
+        params = state.config.params["distill"]
+        values = export_values(params, weights, given, classes, paths["student"], val)
         distill = {**distill, "export": values}
     model = QuantizedModel.load(paths["quantized_model"])
     int8 = {**facts["calibrate"], **compare_int8(paths["student"], model, given, val)}

@@ -213,7 +213,9 @@ def _report(
             key: job.facts["compile"][key]
             for key in ("pipeline_yaml", "pipeline_yaml_obstacle", "device_constants")
         },
-        data={key: job.facts["ingest"][key] for key in ("synthetic", "splits", "encoding")},
+        data={
+            key: job.facts["ingest"][key] for key in ("synthetic", "splits", "encoding", "teachers")
+        },
         measurement=measurement,
     )
 

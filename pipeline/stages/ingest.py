@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
 from metis.device_constants import exact_range
-from pipeline.sources import SPLITS, Bands, DataParams, TeacherParams
-from pipeline.stage import Facts, InputError, Job, Stage, path_field
+from pipeline.sources import Bands, DataParams, TeacherParams, ViewParams
+from pipeline.stage import Facts, InputError, Job, Stage, path_field, require_extra
 from preprocessing.contract import StudentInput, ZScore, linear_encoding, load_contract
 
 if TYPE_CHECKING:
@@ -61,6 +61,13 @@ class IngestParams:
     student: StudentParams
     contract: str = path_field("preprocessing.json")
     labels: str | None = path_field(None)  # text, one class per line; must equal the contract's
+    combine: Literal["mean_logits", "mean_probabilities"] = "mean_logits"  # weighted
+    calibrate_temperatures: bool = False  # divide each teacher's logits by its own, fitted on val
+    views: ViewParams = field(default_factory=ViewParams)
+    teacher_mode: Literal["cached", "live"] = "cached"  # live: distill asks them for every batch
+    max_top1_difference: Annotated[float, Meta(gt=0)] = 0.005  # from a teacher's recorded_top1
+    max_logit_difference: Annotated[float, Meta(gt=0)] = 0.1  # from recorded mean and std, in stds
+    doubtful_top1: Annotated[float, Meta(ge=0, le=1)] = 0.5  # below it, other conventions are tried
     max_mean_shift: Annotated[float, Meta(gt=0)] = 0.5  # of mu from the data's, in data sigmas
     max_sigma_ratio: Annotated[float, Meta(gt=1)] = 1.5  # of sigma to the data's, either way
 
@@ -70,13 +77,14 @@ def sources(params: IngestParams, root: Path) -> dict[str, Path]:
     found = {"contract": root / params.contract}
     if params.labels is not None:
         found["labels"] = root / params.labels
-    for name in SPLITS:
-        split: SplitParams = getattr(params.data, name)
+    for name, split in params.data.splits.items():
         for key in ("path", "labels", "indices"):
             value = getattr(split, key)
             if value is not None:
                 found[f"data.{name}" if key == "path" else f"data.{name}.{key}"] = root / value
     for i, teacher in enumerate(params.teachers):
+        if teacher.path is None:
+            continue
         if not glob.has_magic(teacher.path):
             found[f"teachers[{i}]"] = root / teacher.path
             continue
@@ -87,27 +95,14 @@ def sources(params: IngestParams, root: Path) -> dict[str, Path]:
 
 
 def ready(params: IngestParams) -> None:
-    """Each split is described one way."""
-    for name in SPLITS:
-        split: SplitParams = getattr(params.data, name)
-        where = f"ingest.data.{name}"
-        if split.fraction is not None and (split.path or split.rows or split.indices):
-            raise InputError(f"{where}: fraction takes from train; it goes without path and rows")
-        if split.fraction is not None and name == "train":
-            raise InputError(f"{where}: give the training split a path; others may be fractions")
-        if split.fraction is None and split.path is None:
-            raise InputError(f"{where}.path is missing: name the file of the {name} split")
-        if split.rows and split.indices:
-            raise InputError(f"{where}: rows and indices both say which rows; keep one")
-        if (params.data.format == "npy") != (split.labels is not None) and split.path:
-            raise InputError(
-                f"{where}.labels: "
-                + (
-                    "format npy keeps labels in a file of their own; name it"
-                    if params.data.format == "npy"
-                    else f"format {params.data.format} has its labels inside; leave this out"
-                )
-            )
+    """Each split is described one way, each teacher has its weights."""
+    for name, split in params.data.splits.items():
+        _ready_split(params.data.format, name, split)
+    for i, teacher in enumerate(params.teachers):
+        if teacher.path is None and teacher.timm is None:
+            raise InputError(f"ingest.teachers[{i}].path is missing: name the teacher's ONNX file")
+        if teacher.timm is not None:
+            require_extra("train", "torch", "timm")
     student = params.student
     if student.device_resize == "device" and student.interpolation == "nearest":
         raise InputError(
@@ -116,30 +111,48 @@ def ready(params: IngestParams) -> None:
         )
 
 
+def _ready_split(format: str, name: str, split: SplitParams) -> None:
+    where = f"ingest.data.{name}"
+    if split.fraction is not None and (split.path or split.rows or split.indices):
+        raise InputError(f"{where}: fraction takes from train; it goes without path and rows")
+    if split.fraction is not None and name == "train":
+        raise InputError(f"{where}: give the training split a path; others may be fractions")
+    if split.fraction is None and split.path is None:
+        raise InputError(f"{where}.path is missing: name the file of the {name} split")
+    if split.rows and split.indices:
+        raise InputError(f"{where}: rows and indices both say which rows; keep one")
+    needs_labels = format == "npy" and name != "unlabeled"
+    if needs_labels and split.path and split.labels is None:
+        raise InputError(f"{where}.labels: format npy keeps labels in a file of their own; name it")
+    if not needs_labels and split.labels is not None:
+        why = "nobody looks at them" if name == "unlabeled" else f"format {format} has them inside"
+        raise InputError(f"{where}.labels: {why}; leave this out")
+
+
 def run(job: Job, params: IngestParams) -> Facts:
-    """Check everything, then write images, labels and the ensemble's logits."""
-    from pipeline.splits import check_classes, class_histogram, open_splits  # numpy, h5py
+    """Check everything, then write images, labels and the ensemble's answers."""
+    from pipeline.ask_teachers import teach  # onnxruntime
+    from pipeline.splits import class_histogram  # numpy, h5py
 
     contract = load_contract(job.sources["contract"])
     _check_labels_file(job, contract)
-    splits = open_splits(params.data, job.sources, contract.labels, job.seed)
-    teachers = _open_teachers(job, params, contract, splits["train"])
-    splits = _cached(job, params, splits)
-
+    splits, teachers, threads = _opened(job, params, contract)
     surveys = _survey(job, params, contract, splits)
-    splits = _without_bad(job, params, splits, surveys)
-    check_classes(splits["train"], len(contract.labels))
+    splits = _without_bad(job, params, contract, splits, surveys)
     leaks = _report_leaks(job, params, surveys)
     statistics = surveys["train"].statistics
     _judge_statistics(job, params, contract, statistics, splits["train"])
 
     student, quality = _student_input(job, params.student, contract, statistics, splits["train"])
-    labelled = _write_dataset(job, contract, student, teachers, splits)
+    facts = teach(job, params, contract, teachers, splits)
+    for name, split in splits.items():
+        folder = job.outputs["test_set"] if name == "test" else job.outputs["dataset"] / name
+        _write_split(job, contract, student, split, folder)
     shutil.copyfile(job.sources["contract"], job.outputs["contract"])
     job.outputs["labels"].write_text("".join(f"{label}\n" for label in contract.labels))
     job.outputs["student_input"].write_text(student.to_json())
     synthetic = sorted({s.source.synthetic for s in splits.values() if s.source.synthetic})
-    described = {
+    described: dict[str, dict[str, Any]] = {
         name: {
             "patches": len(split),
             "classes": class_histogram(split.labels, len(contract.labels)),
@@ -148,7 +161,7 @@ def run(job: Job, params: IngestParams) -> Facts:
         for name, split in splits.items()
     }
     # Without a word of the test split: nothing that is made may depend on it.
-    known = {name: described[name] for name in ("train", "val")}
+    known = {name: found for name, found in described.items() if name != "test"}
     summary = {"contract": contract.sha256, "synthetic": synthetic, "splits": known}
     (job.outputs["dataset"] / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
     return {
@@ -158,8 +171,61 @@ def run(job: Job, params: IngestParams) -> Facts:
         "bands": _band_table(contract, statistics, splits["train"]),
         "student_input": asdict(student),
         "encoding": quality,
-        "teachers": labelled,
+        "teachers": {**facts, "threads": threads},
+        "views": asdict(params.views),
     }
+
+
+def label_shard(
+    job: Job, params: IngestParams, shard: tuple[int, int] | None
+) -> list[tuple[str, int, int]]:
+    """Ask the teachers about a part of the blocks, and keep their answers for `run`.
+
+    Args:
+        job: outside a run.
+        params: the section `ingest`.
+        shard: (i, n): every n-th block, from the i-th on; None: only look.
+
+    Returns:
+        Per split: its name, how many blocks are still missing, of how many.
+    """
+    from pipeline.ask_teachers import labelling, needed_views
+
+    contract = load_contract(job.sources["contract"])
+    splits, teachers, _ = _opened(job, params, contract)
+    splits = _without_bad(job, params, contract, splits, _survey(job, params, contract, splits))
+    asked = labelling(job, params, contract, teachers)
+    found = []
+    for name, views in needed_views(params, splits).items():
+        digest = job.digest(splits[name].source.path)
+        if shard is not None:
+            with job.progress(f"teachers, {name}", len(splits[name]) // shard[1]) as bar:
+                asked.label(splits[name], digest, views, shard=shard, done=bar.update)
+        found.append((name, *asked.missing(splits[name], digest, views)))
+    return found
+
+
+def _opened(
+    job: Job, params: IngestParams, contract: Contract
+) -> tuple[dict[str, Split], list[Teacher], str]:
+    """Splits, teachers, and in words how onnxruntime runs them."""
+    from pipeline.splits import open_splits  # numpy, h5py
+
+    splits = open_splits(params.data, job.sources, contract.labels, job.seed)
+    _check_sizes(params, splits["train"])
+    teachers, threads = _open_teachers(job, params, contract, splits["train"])
+    return _cached(job, params, splits), teachers, threads
+
+
+def _check_sizes(params: IngestParams, train: Split) -> None:
+    """A view moves the pixels of every modality the same way, so their grids must be equal."""
+    sizes = {m: train.source.shape(m)[:2] for m in _seen_bands(params)}
+    if params.views.count > 1 and len(set(sizes.values())) > 1:
+        raise InputError(
+            "ingest.views: the modalities have patches of different sizes ("
+            + ", ".join(f"{m} {h}x{w}" for m, (h, w) in sizes.items())
+            + "); set views.count: 1"
+        )
 
 
 def _check_labels_file(job: Job, contract: Contract) -> None:
@@ -182,26 +248,34 @@ def _check_labels_file(job: Job, contract: Contract) -> None:
 
 def _open_teachers(
     job: Job, params: IngestParams, contract: Contract, train: Split
-) -> list[Teacher]:
-    from pipeline.teachers import open_teacher  # onnxruntime
+) -> tuple[list[Teacher], str]:
+    """The teachers, and in words how onnxruntime shares the processor among its threads."""
+    from pipeline.teachers import choose_threads, open_teacher  # onnxruntime
 
-    teachers = []
+    teachers: list[Teacher] = []
+    threads = None
     for i, given in enumerate(params.teachers):
         key = f"teachers[{i}]"
-        files = {n: p for n, p in job.sources.items() if n == key or n.startswith(f"{key}.")}
+        files: dict[str, Path | None] = {
+            n: p for n, p in job.sources.items() if n == key or n.startswith(f"{key}.")
+        }
+        if given.path is None:
+            files = {key: None}
         if not files:
             raise InputError(f"ingest.{key}.path: no file matches {given.path!r}")
         for name, path in files.items():
             bands_in_data = train.source.shape(given.modality)[2]
-            teacher = open_teacher(path, given, contract, bands_in_data)
-            for file in teacher.external:
+            teacher = open_teacher(path, given, contract, bands_in_data, threads)
+            if threads is None and (threads := choose_threads(teacher)):
+                teacher = open_teacher(path, given, contract, bands_in_data, threads)
+            for file in teacher.files[1:]:
                 job.also_read(name, file)
             teachers.append(teacher)
     names = [teacher.name for teacher in teachers]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two teachers are called {name}; rename one file")
-    return teachers
+    return teachers, str(threads or "torch's own threads")
 
 
 def _seen_bands(params: IngestParams) -> dict[str, list[int]]:
@@ -248,8 +322,14 @@ def _survey(
 
 
 def _without_bad(
-    job: Job, params: IngestParams, splits: dict[str, Split], surveys: dict[str, Survey]
+    job: Job,
+    params: IngestParams,
+    contract: Contract,
+    splits: dict[str, Split],
+    surveys: dict[str, Survey],
 ) -> dict[str, Split]:
+    from pipeline.splits import check_classes
+
     for name, found in surveys.items():
         if not len(found.bad):
             continue
@@ -259,7 +339,9 @@ def _without_bad(
         if params.data.bad_patches == "error":
             raise InputError(f"{words}; repair them, or set ingest.data.bad_patches: drop")
         job.warn(f"{words}; dropped")
-    return {name: split.without(surveys[name].bad) for name, split in splits.items()}
+    kept = {name: split.without(surveys[name].bad) for name, split in splits.items()}
+    check_classes(kept["train"], len(contract.labels))
+    return kept
 
 
 def _report_leaks(
@@ -415,77 +497,13 @@ def _fitted_ranges(
     return ranges
 
 
-def _write_dataset(
-    job: Job,
-    contract: Contract,
-    student: StudentInput,
-    teachers: list[Teacher],
-    splits: dict[str, Split],
-) -> dict[str, Any]:
-    """Store every split as 8-bit images, and what the ensemble says of val and train."""
-    import numpy as np
-
-    from pipeline.metrics import top1
-    from pipeline.teachers import ensemble_logits, gives_probabilities, to_logits
-
-    outputs: dict[str, list[NDArray[np.float32]]] = {}
-    folders = {
-        "val": job.outputs["dataset"] / "val",
-        "train": job.outputs["dataset"] / "train",
-        "test": job.outputs["test_set"],
-    }
-    for name, folder in folders.items():
-        shown_to = teachers if name != "test" else []
-        outputs[name] = _write_split(job, contract, student, shown_to, splits[name], folder)
-    probabilities = [gives_probabilities(found) for found in outputs["val"]]
-    for teacher, found in zip(teachers, probabilities, strict=True):
-        if found:
-            job.warn(
-                f"{teacher.path.name} ends in a softmax: its output is taken as probabilities, and "
-                "their logarithm as logits, which is the same at every temperature"
-            )
-    weights = [teacher.weight for teacher in teachers]
-    val, train = (
-        [to_logits(out, found) for out, found in zip(outputs[name], probabilities, strict=True)]
-        for name in ("val", "train")
-    )
-    np.save(job.outputs["teacher_logits"], ensemble_logits(train, weights))
-    together = ensemble_logits(val, weights)
-    labels = splits["val"].labels
-    return {
-        "members": [
-            {
-                "name": teacher.name,
-                "modality": teacher.modality,
-                "bands": list(teacher.bands),
-                "weight": teacher.weight,
-                "opset": teacher.opset,
-                "batch": teacher.batch,
-                "output": "probabilities" if found else "logits",
-                "top1_val": top1(logits, labels),
-            }
-            for teacher, found, logits in zip(teachers, probabilities, val, strict=True)
-        ],
-        "rule": "weighted mean of logits",
-        "top1_val": top1(together, labels),
-        "measured_on": "host-float",
-        "n_val": len(labels),
-        "logit_mean": float(together.mean()),
-        "logit_std": float(together.std()),
-    }
-
-
 def _write_split(
-    job: Job,
-    contract: Contract,
-    student: StudentInput,
-    teachers: list[Teacher],
-    split: Split,
-    folder: Path,
-) -> list[NDArray[np.float32]]:
-    """Read a split once: write its images, labels and rows; return each teacher's raw output."""
+    job: Job, contract: Contract, student: StudentInput, split: Split, folder: Path
+) -> None:
+    """Store a split as the 8-bit images that the device receives, with labels and rows."""
     import numpy as np
 
+    from pipeline.prefetch import prefetched
     from pipeline.survey import BLOCK
     from preprocessing.apply import encode
 
@@ -496,33 +514,18 @@ def _write_split(
     )
     np.save(folder / "labels.npy", split.labels)
     np.save(folder / "rows.npy", split.rows)
-    outputs = [np.empty((len(split), len(contract.labels)), np.float32) for _ in teachers]
-    seen: dict[str, set[int]] = {student.modality: set(student.bands)}
-    for teacher in teachers:
-        seen.setdefault(teacher.modality, set()).update(teacher.bands)
-    bands = {modality: sorted(some) for modality, some in seen.items()}
     scaling = contract.scaling_of(student.modality)
-    with job.progress(f"images and teachers, {split.name}", len(split)) as bar:
-        for start in range(0, len(split), BLOCK):
-            rows = split.rows[start : start + BLOCK]
-            here = slice(start, start + len(rows))
-            patches = {m: split.source.read(m, rows, some) for m, some in bands.items()}
-            images[here] = encode(_picked(patches, bands, student), scaling, student)
-            for teacher, out in zip(teachers, outputs, strict=True):
-                out[here] = teacher.raw(_picked(patches, bands, teacher))
-            bar.update(len(rows))
+    reading = (
+        (start, split.source.read(student.modality, rows, student.bands))
+        for start, rows in (
+            (start, split.rows[start : start + BLOCK]) for start in range(0, len(split), BLOCK)
+        )
+    )
+    with job.progress(f"images, {split.name}", len(split)) as bar:
+        for start, patches in prefetched(reading):
+            images[start : start + len(patches)] = encode(patches, scaling, student)
+            bar.update(len(patches))
     images.flush()
-    return outputs
-
-
-def _picked(
-    patches: dict[str, NDArray[np.generic]],
-    bands: dict[str, list[int]],
-    viewer: StudentInput | Teacher,
-) -> NDArray[np.generic]:
-    """The patches as one viewer sees them: its modality, its bands, its order."""
-    columns = [bands[viewer.modality].index(band) for band in viewer.bands]
-    return patches[viewer.modality][..., columns]
 
 
 STAGE = Stage(
@@ -533,11 +536,12 @@ STAGE = Stage(
         "student_input": "student_input.json",
         "dataset": "dataset",
         "test_set": "test_set",
-        "teacher_logits": "teacher_logits.npy",
+        "teaching": "teaching",
     },
     params=IngestParams,
     run=run,
     sources=sources,
     ready=ready,
     tools=lambda params: ("onnxruntime",),
+    code_version=2,
 )

@@ -1,0 +1,122 @@
+"""Torch networks as teachers: timm by name, weights from a file or a hub, frozen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import timm
+import torch
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from pipeline.checkpoints import load_weights
+from pipeline.stage import InputError
+from pipeline.teachers import Teacher
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from pipeline.sources import TeacherParams
+    from preprocessing.contract import Contract, ZScore
+
+
+def open_torch_teacher(
+    path: Path | None, params: TeacherParams, contract: Contract, zscore: ZScore | None
+) -> Teacher:
+    """Open a timm network with its trained weights: evaluation mode, no gradients.
+
+    Args:
+        path: .pth, .pt, .ckpt or .safetensors; None: the weights that a hub has for it.
+        params: how it is described in kdpipe.yaml; `timm` is set.
+        contract: gives the number of classes and the input size.
+        zscore: of its bands.
+
+    Raises:
+        InputError: no such network, weights that do not fit, a head of other classes, no network.
+    """
+    assert params.timm is not None
+    network = _pretrained(params) if path is None else _from_file(path, params, contract)
+    network.eval().requires_grad_(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = _with_features(network, params).to(device)
+
+    def infer(tensor: NDArray[Any]) -> list[NDArray[Any]]:
+        with torch.inference_mode():
+            found = wanted(torch.from_numpy(tensor).to(device))
+        return [value.float().cpu().numpy() for value in found]
+
+    return Teacher(
+        name=path.stem if path else params.timm.rpartition("/")[2],
+        files=(path,) if path else (),
+        params=params,
+        scaling=contract.scaling_of(params.modality),
+        zscore=zscore,
+        size_hw=contract.size_hw,
+        layout="NCHW",
+        batch=None,
+        dtype=np.float32,
+        opset=None,
+        ending="logits",
+        infer=infer,
+    )
+
+
+def _from_file(path: Path, params: TeacherParams, contract: Contract) -> nn.Module:
+    assert params.timm is not None
+    try:
+        network: nn.Module = timm.create_model(
+            params.timm, num_classes=len(contract.labels), in_chans=len(params.bands)
+        )
+    except Exception as error:  # timm and the networks refuse in their own ways
+        raise InputError(f"ingest.teachers.timm: {params.timm}: {error}") from error
+    load_weights(network, path, f"timm network {params.timm}")
+    return network
+
+
+def _pretrained(params: TeacherParams) -> nn.Module:
+    """Weights from a hub; never with a head that was not trained for these classes."""
+    assert params.timm is not None
+    try:
+        network: nn.Module = timm.create_model(params.timm, pretrained=True)
+    except Exception as error:  # the hub's client raises in many ways
+        raise InputError(
+            f"ingest.teachers.timm: the weights of {params.timm} can't be fetched (no network?): "
+            f"{type(error).__name__}; give a file with `path`"
+        ) from error
+    channels = next(p.shape[1] for p in network.parameters() if p.ndim == 4)
+    if channels != len(params.bands):
+        raise InputError(
+            f"ingest.teachers.timm: {params.timm} was trained on {channels} channels, but its "
+            f"bands in kdpipe.yaml are {list(params.bands)}"
+        )
+    return network
+
+
+def _with_features(network: nn.Module, params: TeacherParams) -> nn.Module:
+    """The network with a list of outputs: logits, then the modules of `params.features`."""
+    if not params.features:
+        return _Listed(network)
+    _, names = get_graph_node_names(network)
+    for name in params.features:
+        if not any(known == name or known.startswith(f"{name}.") for known in names):
+            tops = sorted({known.partition(".")[0] for known in names})
+            raise InputError(
+                f"ingest.teachers.features: {params.timm} has no module {name!r}; it has "
+                f"{', '.join(tops[:12])}"
+            )
+    return _Listed(create_feature_extractor(network, [names[-1], *params.features]))
+
+
+class _Listed(torch.nn.Module):
+    """One output or a dictionary of them, as a list."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = network
+
+    def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        found = self._network(tensor)
+        return list(found.values()) if isinstance(found, dict) else [found]
