@@ -171,7 +171,6 @@ class Distillation(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Keep the logits; they are few."""
-        self.best.eval()
         self._validated.append((self.best(batch.tensor).float().cpu(), batch.labels.cpu()))
 
     def on_validation_epoch_end(self) -> None:

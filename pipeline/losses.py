@@ -1,7 +1,8 @@
 """Distillation losses as plain functions.
 
-Logits are (N, classes), or (N, classes, ...) where every position has a class of its own; they are
-computed in float32 whatever autocast makes of the network. No gradient flows into a teacher.
+Logits are (N, classes), or (N, classes, ...) where every position has a class of its own. They are
+computed in float32 or better whatever autocast makes of the network, and no gradient flows into a
+teacher.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def hard_loss(
     Returns:
         A scalar; 0 where nothing has a label.
     """
-    logits = logits.float()
+    logits = _exact(logits)
     if not bool((labels != UNLABELLED).any()):
         return logits.sum() * 0.0
     return F.cross_entropy(
@@ -159,7 +160,7 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: the numbers of channels differ.
     """
-    own, other = student.float(), teacher.detach().float()
+    own, other = _exact(student), _exact(teacher.detach())
     if own.shape[1] != other.shape[1]:
         raise ValueError(
             f"the student's feature has {own.shape[1]} channels, the teacher's {other.shape[1]}; "
@@ -190,10 +191,15 @@ def decayed(start: float, end: float, epoch: int, epochs: int) -> float:
     return start + (end - start) * min(1.0, epoch / max(1, epochs - 1))
 
 
+def _exact(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 def _softened(
     student: Tensor, teacher: Tensor, temperature: float, standardize: bool
 ) -> tuple[Tensor, Tensor]:
-    own, other = student.float(), teacher.detach().float()
+    own, other = _exact(student), _exact(teacher.detach())
     if standardize:
         own, other = standardized(own), standardized(other)
     return own / temperature, other / temperature

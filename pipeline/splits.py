@@ -204,5 +204,5 @@ class DatasetSplit:
 
 
 def class_histogram(labels: NDArray[np.int64], classes: int) -> list[int]:
-    """How many patches each class has."""
-    return [int(n) for n in np.bincount(labels, minlength=classes)]
+    """How many patches each class has; unlabelled ones have none."""
+    return [int(n) for n in np.bincount(labels[labels != UNLABELLED], minlength=classes)]

@@ -142,7 +142,7 @@ def _conventions(teacher: Teacher, contract: Contract, bands_in_data: int) -> di
         "no z-score (as if the graph did it)": unscored(1.0),
         "divided by 255, no z-score": unscored(GREY_MAX),
         "stored values as they are": lambda patches: resized(patches.astype(np.float32)),
-        "bands reversed": lambda patches: teacher.prepare(patches)[:, ::-1],
+        "bands reversed": lambda patches: np.ascontiguousarray(teacher.prepare(patches)[:, ::-1]),
     }
     if zscore is not None and first is not None:
         mu, sigma = (np.array(v, np.float32) for v in (zscore.mu, zscore.sigma))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import timm
 import torch
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from pipeline.checkpoints import load_weights
 from pipeline.stage import InputError
 from pipeline.teachers import Teacher
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def open_torch_teacher(
     network = _pretrained(params) if path is None else _from_file(path, params, contract)
     network.eval().requires_grad_(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = _with_features(network, params).to(device)
+    wanted = _WithFeatures(network, params).to(device)
 
     def infer(tensor: NDArray[Any]) -> list[NDArray[Any]]:
         with torch.inference_mode():
@@ -95,28 +96,29 @@ def _pretrained(params: TeacherParams) -> nn.Module:
     return network
 
 
-def _with_features(network: nn.Module, params: TeacherParams) -> nn.Module:
-    """The network with a list of outputs: logits, then the modules of `params.features`."""
-    if not params.features:
-        return _Listed(network)
-    _, names = get_graph_node_names(network)
-    for name in params.features:
-        if not any(known == name or known.startswith(f"{name}.") for known in names):
-            tops = sorted({known.partition(".")[0] for known in names})
-            raise InputError(
-                f"ingest.teachers.features: {params.timm} has no module {name!r}; it has "
-                f"{', '.join(tops[:12])}"
-            )
-    return _Listed(create_feature_extractor(network, [names[-1], *params.features]))
+class _WithFeatures(torch.nn.Module):
+    """The network with a list of outputs: logits, then those of the modules `params.features`."""
 
-
-class _Listed(torch.nn.Module):
-    """One output or a dictionary of them, as a list."""
-
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, params: TeacherParams) -> None:
         super().__init__()
         self._network = network
+        self._features: list[torch.Tensor | None] = [None] * len(params.features)
+        modules = dict(network.named_modules())
+        for number, name in enumerate(params.features):
+            if name not in modules or not name:
+                near = get_close_matches(name, modules, n=4, cutoff=0.3)
+                raise InputError(
+                    f"ingest.teachers.features: {params.timm} has no module {name!r}; near are "
+                    f"{', '.join(near or list(dict(network.named_children())))}"
+                )
+            modules[name].register_forward_hook(self._keeper(number))
+
+    def _keeper(self, number: int) -> Callable[..., None]:
+        def keep(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            self._features[number] = output
+
+        return keep
 
     def forward(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        found = self._network(tensor)
-        return list(found.values()) if isinstance(found, dict) else [found]
+        logits = self._network(tensor)
+        return [logits, *(feature for feature in self._features if feature is not None)]

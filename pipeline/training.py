@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,16 +170,17 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
         trainer = _trainer(task, [_KeepHistory(folder / "metrics.csv"), best, last, _Bar(bar)])
         data = StudentBatches(_splits(task), task.given, teaching)
         order = _order(task, data, teaching, trainer.world_size, trainer.global_rank)
+        taps = _taps(task, student, data, teaching)
+        student.train()  # Lightning leaves a module in the mode it finds it in
         module = Distillation(
             student,
             params if task.taught else untaught(params),
             params.epochs * -(-len(order) // params.accumulate_batches),
             seed=task.seed,
-            taps=_taps(task, student, data, teaching),
+            taps=taps,
             peer=_peer(task),
             class_weights=_class_weights(task, data),
         )
-        student.train()  # Lightning leaves a module in the mode it finds it in
         plain = StudentBatches(
             {"val": DatasetSplit.load(Path(task.dataset) / "val")}, task.given, None
         )
@@ -391,7 +393,10 @@ def _fit(
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, train_batches, val_batches, ckpt_path=resumed)
+        with warnings.catch_warnings():
+            # A training that goes on finds its checkpoints there, as it should.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            trainer.fit(module, train_batches, val_batches, ckpt_path=resumed)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None

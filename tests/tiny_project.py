@@ -53,13 +53,18 @@ def make_teacher(
     classes: int = CLASSES,
     batch: int | str = "N",
     size: int | str = 16,
-    softmax: bool = False,
+    softmax: bool | str = False,
     inputs: int = 1,
     opset: int = 17,
     external: str = "",
     dtype: int = TensorProto.FLOAT,
+    before: str = "",
 ) -> None:
-    """A linear classifier on band means, as ONNX; right for nearly every patch of make_patches."""
+    """A linear classifier on band means, as ONNX; right for nearly every patch of make_patches.
+
+    `before` puts an operator with constants between the input and the rest; softmax "hidden" puts
+    one behind the softmax.
+    """
     mu, sigma = (np.array(contract["zscore"][k])[list(bands)] for k in ("mu", "sigma"))
     centers = (MEANS[:, list(bands)] * 255 / 2.8 - mu) / sigma
     centers = np.resize(centers, (classes, len(bands)))
@@ -70,12 +75,22 @@ def make_teacher(
     ]
     scores = "scores" if softmax else "logits"
     nodes = [
-        helper.make_node("GlobalAveragePool", ["input"], ["pooled"]),
+        helper.make_node("GlobalAveragePool", ["normalized" if before else "input"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["features"]),
         helper.make_node("Gemm", ["features", "weight", "bias"], [scores], transB=1),
     ]
+    if before:
+        per_channel = np.full((1, len(bands), 1, 1), 2.0, kind)
+        weights.append(numpy_helper.from_array(per_channel, "per_channel"))
+        flat = numpy_helper.from_array(per_channel.reshape(-1), "flat")
+        constants = ["flat"] * 4 if before == "BatchNormalization" else ["per_channel"]
+        weights.append(flat)
+        nodes.insert(0, helper.make_node(before, ["input", *constants], ["normalized"]))
     if softmax:
-        nodes.append(helper.make_node("Softmax", ["scores"], ["logits"], axis=1))
+        end = "probabilities" if softmax == "hidden" else "logits"
+        nodes.append(helper.make_node("Softmax", ["scores"], [end], axis=1))
+    if softmax == "hidden":
+        nodes.append(helper.make_node("Abs", ["probabilities"], ["logits"]))
     shape = [batch, len(bands), size, size]
     sources = [helper.make_tensor_value_info("input", dtype, shape)]
     for extra in range(1, inputs):

@@ -2,6 +2,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline.reference import reference_logits
 from pipeline.stage import InputError
@@ -61,3 +62,57 @@ def test_the_seed_gives_the_weights():
 def test_a_network_that_cannot_take_the_input_is_refused():
     with pytest.raises(InputError, match="inception_v3 does not take 3 channels at 16x16"):
         build_student("inception_v3", student_input(), 5, seed=0)
+
+
+def test_aliases_mean_a_network_at_its_size():
+    small = build_student("mobilenetv3s", student_input(size=32), 17, seed=0)
+    assert parameter_count(small) == 1_535_281
+    with pytest.raises(InputError, match="mobilenetv4m means mobilenetv4_conv_medium at 224x224"):
+        build_student("mobilenetv4m", student_input(size=32), 17, seed=0)
+
+
+def test_a_stem_stride_of_1_keeps_the_pixels():
+    given = student_input(size=32)
+    tensor = torch.zeros(1, 3, 32, 32)
+    for stride, side in ((None, 16), (1, 32)):
+        network = build_student("resnet18", given, 5, seed=0, stem_stride=stride)
+        assert network.conv1(tensor).shape[-1] == side
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "ckpt"])
+def test_a_student_starts_from_a_local_file_and_keeps_a_new_head(tmp_path, suffix):
+    given = student_input()
+    trained = build_student("test_byobnet", given, 5, seed=1)
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "safetensors":
+        save_file(trained.state_dict(), path)
+    elif suffix == "pth":
+        torch.save(trained.state_dict(), path)
+    else:  # as Lightning writes it
+        weights = {f"model.{name}": value for name, value in trained.state_dict().items()}
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+    same = build_student("test_byobnet", given, 5, seed=2, init=path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(trained.parameters(), same.parameters(), strict=True)
+    )
+    other = build_student("test_byobnet", given, 7, seed=2, init=path)
+    assert torch.equal(next(iter(other.parameters())), next(iter(trained.parameters())))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code of a stranger ran",)
+
+
+def test_weights_that_do_not_fit_or_would_run_code_are_refused(tmp_path, capsys):
+    given = student_input()
+    other = build_student("test_resnet", given, 5, seed=1)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(
+        InputError, match=r"other\.pth does not fit distill\.student test_byobnet: it"
+    ):
+        build_student("test_byobnet", given, 5, seed=2, init=tmp_path / "other.pth")
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match=r"evil\.pth is not a readable file of weights"):
+        build_student("test_byobnet", given, 5, seed=2, init=tmp_path / "evil.pth")
+    assert "stranger" not in capsys.readouterr().out

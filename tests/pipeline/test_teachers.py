@@ -6,12 +6,8 @@ import pytest
 from tiny_project import MEANS, make_contract, make_patches, make_teacher
 
 from pipeline.sources import TeacherParams
-from pipeline.teachers import (
-    ensemble_logits,
-    gives_probabilities,
-    open_teacher,
-    to_logits,
-)
+from pipeline.stage import InputError
+from pipeline.teachers import choose_threads, open_teacher
 from preprocessing.contract import parse_contract
 
 
@@ -25,19 +21,20 @@ def contract(patches):
     return parse_contract(json.dumps(make_contract(patches)).encode())
 
 
-def opened(tmp_path, patches, contract, bands=(0, 1, 2), **options):
+def opened(tmp_path, patches, contract, bands=(0, 1, 2), given=None, **options):
     path = tmp_path / "teacher.onnx"
     make_teacher(path, bands, make_contract(patches), **options)
-    return open_teacher(path, TeacherParams(path="teacher.onnx", bands=bands), contract, 4)
+    params = TeacherParams(path="teacher.onnx", bands=bands, **(given or {}))
+    return open_teacher(path, params, contract, 4)
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 7])
 def test_any_batch_size_gives_the_same_logits_with_a_remainder(tmp_path, patches, contract, batch):
-    reference = opened(tmp_path, patches, contract).raw(patches[..., [0, 1, 2]])
+    reference = opened(tmp_path, patches, contract).outputs(patches[..., [0, 1, 2]])[0]
     teacher = opened(tmp_path, patches, contract, batch=batch)
     assert teacher.batch == (None if batch == "N" else batch)
     for count in (1, 7, 70):
-        assert teacher.raw(patches[:count, ..., [0, 1, 2]]) == pytest.approx(
+        assert teacher.outputs(patches[:count, ..., [0, 1, 2]])[0] == pytest.approx(
             reference[:count], abs=1e-5
         )
 
@@ -50,7 +47,7 @@ def test_a_teacher_equals_its_graph_fed_by_hand(tmp_path, patches, contract):
     tensor = tensor.repeat(4, axis=2).repeat(4, axis=3).astype(np.float32)  # nearest, 4 to 16
     session = ort.InferenceSession(str(tmp_path / "teacher.onnx"))
     by_hand = session.run(None, {"input": tensor})[0]
-    assert teacher.raw(patches[..., [2, 0]]) == pytest.approx(by_hand, abs=1e-4)
+    assert teacher.outputs(patches[..., [2, 0]])[0] == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_free_sizes_take_the_contracts_size(tmp_path, patches, contract):
@@ -61,42 +58,58 @@ def test_free_sizes_take_the_contracts_size(tmp_path, patches, contract):
 def test_half_precision_teachers_run(tmp_path, patches, contract):
     from onnx import TensorProto
 
-    exact = opened(tmp_path, patches, contract).raw(patches[..., [0, 1, 2]])
+    exact = opened(tmp_path, patches, contract).outputs(patches[..., [0, 1, 2]])[0]
     half = opened(tmp_path, patches, contract, dtype=TensorProto.FLOAT16)
     assert half.dtype is np.float16
-    out = half.raw(patches[..., [0, 1, 2]])
+    out = half.outputs(patches[..., [0, 1, 2]])[0]
     assert out.dtype == np.float32
     assert out == pytest.approx(exact, abs=0.1)
-
-
-def test_the_logarithm_of_probabilities_serves_like_the_logits(tmp_path, patches, contract):
-    logits = opened(tmp_path, patches, contract).raw(patches[..., [0, 1, 2]])
-    outputs = opened(tmp_path, patches, contract, softmax=True).raw(patches[..., [0, 1, 2]])
-    assert not gives_probabilities(logits)
-    assert gives_probabilities(outputs)
-    recovered = to_logits(outputs, True)
-
-    def softened(z, temperature):
-        e = np.exp((z - z.max(axis=1, keepdims=True)) / temperature)
-        return e / e.sum(axis=1, keepdims=True)
-
-    for temperature in (1, 2, 8):
-        assert softened(recovered, temperature) == pytest.approx(
-            softened(logits, temperature), abs=1e-5
-        )
-    assert np.isfinite(to_logits(np.array([[1.0, 0.0]], np.float32), True)).all()
-
-
-def test_weights_are_shares():
-    a, b = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)
-    assert ensemble_logits([a, b], [1, 1]).tolist() == [[0.5] * 3] * 2
-    assert ensemble_logits([a, b], [1, 3]).tolist() == [[0.75] * 3] * 2
-    assert ensemble_logits([a, b], [10, 30]).dtype == np.float32
 
 
 def test_the_test_teacher_is_a_good_one(tmp_path):
     patches, labels = make_patches(300, seed=9)
     contract = parse_contract(json.dumps(make_contract(patches)).encode())
-    logits = opened(tmp_path, patches, contract).raw(patches[..., [0, 1, 2]])
+    logits = opened(tmp_path, patches, contract).outputs(patches[..., [0, 1, 2]])[0]
     assert (logits.argmax(axis=1) == labels).mean() > 0.95
     assert len(MEANS) == logits.shape[1]
+
+
+def test_a_softmax_at_the_end_is_cut_off(tmp_path, patches, contract):
+    logits = opened(tmp_path, patches, contract).outputs(patches[..., [0, 1, 2]])[0]
+    teacher = opened(tmp_path, patches, contract, softmax=True)
+    assert teacher.ending == "softmax cut off"
+    assert teacher.outputs(patches[..., [0, 1, 2]])[0] == pytest.approx(logits, abs=1e-5)
+    external = opened(tmp_path, patches, contract, softmax=True, external="weights.bin")
+    assert external.outputs(patches[..., [0, 1, 2]])[0] == pytest.approx(logits, abs=1e-5)
+
+
+def test_features_come_after_the_logits_by_name(tmp_path, patches, contract):
+    teacher = opened(tmp_path, patches, contract, given={"features": ("pooled", "features")})
+    logits, pooled, features = teacher.outputs(patches[:5, ..., [0, 1, 2]])
+    assert (logits.shape, pooled.shape, features.shape) == ((5, 3), (5, 3, 1, 1), (5, 3))
+    tensor = teacher.prepare(patches[:5, ..., [0, 1, 2]])
+    assert pooled[..., 0, 0] == pytest.approx(tensor.mean(axis=(2, 3)), abs=1e-5)
+    with pytest.raises(InputError, match="no node makes a tensor 'pooling'; there are pooled"):
+        opened(tmp_path, patches, contract, given={"features": ("pooling",)})
+
+
+@pytest.mark.parametrize("before", ["Sub", "Div", "Mul", "BatchNormalization"])
+def test_a_graph_that_normalizes_itself_is_not_normalized_twice_unless_told(
+    tmp_path, patches, contract, before
+):
+    with pytest.raises(InputError, match=rf"normalizes its input itself \({before}"):
+        opened(tmp_path, patches, contract, before=before)
+    inside = opened(tmp_path, patches, contract, before=before, given={"zscore": "graph"})
+    both = opened(tmp_path, patches, contract, before=before, given={"zscore": "both"})
+    scaled = inside.prepare(patches[..., [0, 1, 2]])
+    assert scaled.max() > 50  # contract units, 0..255
+    assert abs(both.prepare(patches[..., [0, 1, 2]]).mean()) < 0.1
+    with pytest.raises(InputError, match="its graph does not begin with a normalization"):
+        opened(tmp_path, patches, contract, given={"zscore": "graph"})
+
+
+def test_threads_are_measured(tmp_path, patches, contract):
+    for options in ({}, {"batch": 7}, {"size": "S"}):
+        threads = choose_threads(opened(tmp_path, patches, contract, **options))
+        assert threads.count >= 1
+        assert str(threads).endswith("spinning")

@@ -1,10 +1,68 @@
+import pytest
 import timm
 
-from pipeline.stages.distill import DistillParams, gates, timm_networks
+from pipeline.stage import InputError
+from pipeline.stages.distill import (
+    ALIASES,
+    DistillParams,
+    FeatureParams,
+    gates,
+    loss_in_words,
+    ready,
+    timm_networks,
+)
 
 
 def test_the_networks_read_from_timms_source_are_those_it_registers():
-    assert timm_networks() == set(timm.list_models())
+    assert timm_networks() == {*timm.list_models(), *ALIASES}
+    assert {network for network, _ in ALIASES.values()} <= set(timm.list_models())
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"hard_weight": 0, "soft_weight": 0}, "nothing is left to learn"),
+        ({"teacher": "mutual", "soft_weight": 0}, "teacher is mutual, but soft_weight is 0"),
+        ({"teacher": "ema"}, "teacher is ema, but ema_decay is null"),
+        ({"peer": "resnet18"}, "peer is for teacher: mutual only"),
+        (
+            {
+                "teacher": "ema",
+                "ema_decay": 0.9,
+                "feature_weight": 1,
+                "features": (FeatureParams("layer4", "a/b"),),
+            },
+            "feature_weight needs the ensemble's tensors",
+        ),
+        ({"feature_weight": 1}, "feature_weight and features go together"),
+        (
+            {"features": (FeatureParams("layer4", "a/b"),)},
+            "feature_weight and features go together",
+        ),
+        (
+            {"standardize_logits": True, "soft_weight": 0},
+            "standardize_logits changes the soft loss",
+        ),
+        ({"loss": "dkd", "soft_weight": 0}, "loss dkd is a soft loss"),
+        ({"label_smoothing": 0.1, "hard_weight": 0}, "label_smoothing changes the cross-entropy"),
+        ({"class_weights": "balanced", "sampling": "balanced"}, "both balance the classes"),
+        ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs leaves no epoch"),
+        ({"student": "resnet81"}, "timm has no network 'resnet81'"),
+        ({"peer": "resnet81", "teacher": "mutual"}, "timm has no network 'resnet81'"),
+    ],
+)
+def test_contradictions_are_refused(params, words):
+    with pytest.raises(InputError, match=words):
+        ready(DistillParams(**params))
+
+
+def test_the_effective_loss_is_said_in_words():
+    assert loss_in_words(DistillParams()) == "0.7 * CE + 0.3 * T^2 * KL, T = 2"
+    given = DistillParams(
+        hard_weight=0.5, soft_weight=1, loss="dkd", temperature=4, temperature_end=1
+    )
+    assert loss_in_words(given) == "0.5 * CE + 1 * DKD, T = 4 to 1"
+    assert loss_in_words(DistillParams(soft_weight=0)) == "0.7 * CE"
 
 
 def test_the_export_gate_wants_small_differences_and_full_agreement():

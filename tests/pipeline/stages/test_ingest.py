@@ -6,6 +6,7 @@ import pytest
 from tiny_project import make_teacher
 
 from pipeline.splits import DatasetSplit
+from pipeline.teaching import Teaching
 from preprocessing.apply import encode, teacher_tensor
 from preprocessing.contract import StudentInput, load_contract
 
@@ -17,7 +18,8 @@ def facts(project):
 def test_cached_logits_are_the_ensembles_on_each_training_sample(finished):
     contract = load_contract(finished.root / "preprocessing.json")
     train = DatasetSplit.load(finished.artifact("dataset") / "train")
-    cached = np.load(finished.artifact("teacher_logits"), mmap_mode="r")
+    teaching = Teaching(finished.artifact("teaching"), finished.artifact("contract"))
+    cached = teaching.answer("train", np.arange(len(train.labels)), 0).logits
     assert cached.shape == (len(train.labels), 3)
     patches = np.load(finished.root / "train.npz")["images"]
     direct = []
@@ -97,16 +99,22 @@ def test_a_pattern_finds_all_its_teachers_in_order(project):
     assert project.states()["ingest"] == "stale"
 
 
-def test_weights_count_and_probabilities_are_taken_as_such(project):
-    make_teacher(
-        project.root / "teachers" / "dense_b.onnx", (3, 2, 1), project.contract, softmax=True
-    )
+@pytest.mark.parametrize(
+    ("softmax", "output", "words"),
+    [
+        (True, "softmax cut off", "ends in a softmax: the tensor before it is taken as logits"),
+        ("hidden", "probabilities", "gives probabilities: their logarithm is taken as logits"),
+    ],
+)
+def test_weights_count_and_probabilities_are_taken_as_such(project, softmax, output, words):
+    path = project.root / "teachers" / "dense_b.onnx"
+    make_teacher(path, (3, 2, 1), project.contract, softmax=softmax)
     project.edit("ingest", "teachers", 0, "weight", to=3.0)
     result = project.kdpipe("run", "--stage", "ingest")
     assert result.returncode == 0
-    assert "warning  dense_b.onnx ends in a softmax" in result.stderr
+    assert f"warning  dense_b {words}" in result.stderr
     members = facts(project)["teachers"]["members"]
-    assert [m["output"] for m in members] == ["logits", "probabilities"]
+    assert [m["output"] for m in members] == ["logits", output]
     assert [m["weight"] for m in members] == [3.0, 1.0]
     assert project.manifest["stages"]["ingest"]["warnings"]
 
