@@ -1,4 +1,4 @@
-"""The rules for operators on tiny graphs, each kept and broken, and on networks that people pick."""
+"""The rules for operators on tiny graphs, kept and broken, and on networks that people pick."""
 
 import numpy as np
 import onnx
