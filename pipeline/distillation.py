@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pipeline.stages.distill import DistillParams, FeatureParams
+    from pipeline.recipe import DistillParams, FeatureParams
     from pipeline.student_data import Batch
 
 #: History of a run: one row per epoch, name -> value.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.stages.distill import DistillParams
+    from pipeline.recipe import DistillParams
 
 #: Exported images that are compared, evenly spaced over the split; the leg says how many.
 SAMPLES = 2000

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.checkpoints import load_weights
+from pipeline.recipe import ALIASES
 from pipeline.stage import InputError, StageError
-from pipeline.stages.distill import ALIASES
 
 if TYPE_CHECKING:
     from pathlib import Path

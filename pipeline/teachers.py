@@ -297,16 +297,16 @@ def _only_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
 
 def _check_classes(teacher: Teacher, contract: Contract) -> None:
     """Run one patch of zeros: the output must have a value for every class."""
+    shown = teacher.files[0].name if teacher.files else teacher.name
     height, width = teacher.size_hw
     zeros = np.zeros((1, height, width, len(teacher.bands)), np.float32)
     try:
         classes = teacher.outputs(zeros)[0].shape[-1]
     except Exception as error:  # onnxruntime's exceptions share no narrower base
-        raise InputError(f"{teacher.name} fails on a patch: {_first_line(error)}") from error
+        raise InputError(f"{shown} fails on a patch: {_first_line(error)}") from error
     if classes != len(contract.labels):
         raise InputError(
-            f"{teacher.name} has {classes} classes, but preprocessing.json labels "
-            f"{len(contract.labels)}"
+            f"{shown} has {classes} classes, but preprocessing.json labels {len(contract.labels)}"
         )
 
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from pipeline.distillation import Distillation, FeatureTaps
 from pipeline.launch import announced
+from pipeline.recipe import DistillParams
 from pipeline.splits import DatasetSplit
-from pipeline.stages.distill import DistillParams
 from pipeline.student_data import (
     InOrder,
     Order,

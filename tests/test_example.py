@@ -51,7 +51,7 @@ def test_the_teachers_have_the_top1_that_is_written_beside_them(params, splits):
         teacher = open_teacher(path, given, contract, 4)
         for name in ("val", "test"):
             split = splits[name]
-            logits = teacher.raw(split.source.read("optical", split.rows, given.bands))
+            logits = teacher.outputs(split.source.read("optical", split.rows, given.bands))[0]
             recorded = measured[path.name][f"top1_{name}"]
             assert top1(logits, split.labels) == pytest.approx(recorded, abs=0.002)
 

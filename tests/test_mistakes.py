@@ -218,7 +218,7 @@ MISTAKES = {
     "unknown key": (
         lambda p: p.edit("ingest", "techers", to=[]),
         2,
-        "kdpipe.yaml: unknown key 'ingest.techers'; did you mean 'teachers'?",
+        "kdpipe.yaml: unknown key 'ingest.techers'; did you mean 'teachers' or 'teacher_mode'?",
     ),
     "bands of the wrong kind": (
         lambda p: p.edit("ingest", "student", "bands", to="RGB"),
@@ -272,7 +272,7 @@ LATER_MISTAKES = {
     "weights that leave nothing to learn": (
         ["run", "--set", "distill.hard_weight=0", "--set", "distill.soft_weight=0"],
         3,
-        "hard_weight and soft_weight are both 0",
+        "hard_weight, soft_weight and feature_weight are all 0",
     ),
     "more calibration samples than images": (
         ["run", "--set", "calibrate.samples=500"],

@@ -7,10 +7,10 @@ import torch
 from tqdm import tqdm
 
 from pipeline.distillation import Distillation, lr_factor
+from pipeline.recipe import DistillParams, FeatureParams
 from pipeline.sources import TeacherParams, ViewParams
 from pipeline.splits import DatasetSplit
 from pipeline.stage import InputError, StageError
-from pipeline.stages.distill import DistillParams, FeatureParams
 from pipeline.student_data import Order, StudentBatches, balanced_weights
 from pipeline.teaching import AnswerWriter, Ensemble, Member, Teaching, write_ensemble
 from pipeline.training import Task, train, trained

@@ -1,16 +1,9 @@
 import pytest
 import timm
 
+from pipeline.recipe import ALIASES, DistillParams, FeatureParams, loss_in_words
 from pipeline.stage import InputError
-from pipeline.stages.distill import (
-    ALIASES,
-    DistillParams,
-    FeatureParams,
-    gates,
-    loss_in_words,
-    ready,
-    timm_networks,
-)
+from pipeline.stages.distill import gates, ready, timm_networks
 
 
 def test_the_networks_read_from_timms_source_are_those_it_registers():

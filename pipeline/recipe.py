@@ -1,0 +1,145 @@
+"""How a student is trained, as the section `distill` of kdpipe.yaml describes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from pipeline.stage import path_field, unkeyed_field
+
+#: Names that users have for networks of timm, and the input size they mean by them.
+ALIASES = {
+    "mobilenetv4m": ("mobilenetv4_conv_medium", 224),
+    "mobilenetv3s": ("mobilenetv3_small_100", 32),
+}
+
+Weight = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+@dataclass(frozen=True)
+class FeatureParams:
+    """A layer of the student that shall be like a tensor of a teacher."""
+
+    student: str  # name of a module
+    teacher: str  # name of the teacher / name of its tensor, one of ingest.teachers.features
+
+
+@dataclass(frozen=True)
+class DistillParams:
+    """How to train."""
+
+    student: str = "resnet18"  # any network of timm, or mobilenetv4m, mobilenetv3s
+    init: str | None = path_field(None)  # file of weights to start from
+    stem_stride: Annotated[int, Meta(ge=1, le=4)] | None = None  # of the first convolution
+    teacher: Literal["ensemble", "ema", "mutual"] = "ensemble"  # who gives the soft targets
+    peer: str | None = None  # second student of teacher: mutual; null: the same network
+    epochs: Annotated[int, Meta(ge=1)] = 30
+    batch_size: Annotated[int, Meta(ge=2)] = 128  # of one process
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-3
+    weight_decay: Weight = 0.05
+    schedule: Literal["cosine", "step", "plateau", "constant"] = "cosine"
+    warmup_epochs: Weight = 1.0
+    lr_gamma: Annotated[float, Meta(gt=0, le=1)] = 0.1  # factor of step and plateau
+    lr_step_epochs: Annotated[int, Meta(ge=1)] = 10  # of schedule step
+    lr_patience: Annotated[int, Meta(ge=0)] = 3  # epochs, of schedule plateau
+    gradient_clip: Positive | None = 1.0  # norm
+    accumulate_batches: Annotated[int, Meta(ge=1)] = 1
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    early_stop_patience: Annotated[int, Meta(ge=1)] | None = None  # epochs without a better val
+    keep_checkpoints: Annotated[int, Meta(ge=1)] = 3  # weights of so many best epochs
+    ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None  # average of weights
+    hard_weight: Weight = 0.7  # of the cross-entropy with the labels
+    soft_weight: Weight = 0.3  # of the soft loss
+    feature_weight: Weight = 0.0  # of the mean squared error of features
+    loss: Literal["kl", "dkd", "dist"] = "kl"  # the soft loss
+    standardize_logits: bool = False  # each row of logits to mean 0 and deviation 1 first
+    temperature: Positive = 2.0
+    temperature_end: Positive | None = None  # reached linearly in the last epoch; null: constant
+    target_weight: Weight = 1.0  # of DKD's target part (the paper's alpha)
+    nontarget_weight: Weight = 8.0  # of DKD's other part (the paper's beta)
+    inter_weight: Weight = 1.0  # of DIST's rows (the paper's beta)
+    intra_weight: Weight = 1.0  # of DIST's columns (the paper's gamma)
+    features: tuple[FeatureParams, ...] = ()
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    class_weights: Literal["none", "balanced"] = "none"  # of the cross-entropy
+    sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: every class equally often
+    baselines: tuple[Literal["no_teacher"], ...] = ()  # trained too, for comparison
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Annotated[int, Meta(ge=1)] = 1
+    num_nodes: Annotated[int, Meta(ge=1)] = 1
+    strategy: str = "auto"  # of Lightning
+    workers: Annotated[int, Meta(ge=0)] = unkeyed_field(0)  # processes that make batches
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = unkeyed_field(("tensorboard",))
+    check_operators: bool = unkeyed_field(True)  # refuse a network that Metis can't run
+    max_export_difference: Annotated[float, Meta(gt=0)] = unkeyed_field(1e-3)  # of logits
+
+
+def loss_in_words(params: DistillParams) -> str:
+    """The loss as it is added up, such as 0.7 * CE + 0.3 * T^2 * KL, T = 2."""
+    hard = "CE" if not params.label_smoothing else f"CE(smoothing {params.label_smoothing:g})"
+    words = [f"{params.hard_weight:g} * {hard}"]
+    temperature = f"{params.temperature:g}"
+    if params.temperature_end is not None:
+        temperature += f" to {params.temperature_end:g}"
+    if params.soft_weight:
+        soft = {"kl": "T^2 * KL", "dkd": "DKD", "dist": "DIST"}[params.loss]
+        who = {"ensemble": "", "ema": " (own average)", "mutual": " (peer)"}[params.teacher]
+        words.append(f"{params.soft_weight:g} * {soft}{who}")
+    if params.feature_weight:
+        words.append(f"{params.feature_weight:g} * MSE of features")
+    return " + ".join(words) + (f", T = {temperature}" if params.soft_weight else "")
+
+
+def contradictions(params: DistillParams) -> list[tuple[bool, str]]:
+    """Things that do not go together: whether they are asked for, and what is wrong with them."""
+    soft = params.soft_weight > 0
+    return [
+        (
+            not (params.hard_weight or params.soft_weight or params.feature_weight),
+            "hard_weight, soft_weight and feature_weight are all 0; nothing is left to learn",
+        ),
+        (
+            params.teacher != "ensemble" and not soft,
+            f"teacher is {params.teacher}, but soft_weight is 0: nobody would teach",
+        ),
+        (
+            params.teacher == "ema" and params.ema_decay is None,
+            "teacher is ema, but ema_decay is null: there is no average to learn from",
+        ),
+        (
+            params.teacher != "mutual" and params.peer is not None,
+            "peer is for teacher: mutual only",
+        ),
+        (
+            params.teacher != "ensemble" and params.feature_weight > 0,
+            f"feature_weight needs the ensemble's tensors; teacher is {params.teacher}",
+        ),
+        (
+            (params.feature_weight > 0) != bool(params.features),
+            "feature_weight and features go together; one of them is missing",
+        ),
+        (
+            params.standardize_logits and not soft,
+            "standardize_logits changes the soft loss, whose soft_weight is 0",
+        ),
+        (
+            params.loss != "kl" and not soft,
+            f"loss {params.loss} is a soft loss, whose soft_weight is 0",
+        ),
+        (
+            bool(params.label_smoothing) and not params.hard_weight,
+            "label_smoothing changes the cross-entropy, whose hard_weight is 0",
+        ),
+        (
+            params.class_weights != "none" and params.sampling != "uniform",
+            "class_weights and sampling both balance the classes; keep one",
+        ),
+        (
+            params.warmup_epochs >= params.epochs and params.epochs > 1,
+            "warmup_epochs leaves no epoch to train at the full learning rate",
+        ),
+    ]
