@@ -46,12 +46,12 @@ class Pipeline:
             (task,) = tree["pipeline"]
             ((self.name, body),) = task.items()
             self.color_format = str(body["input"]["color_format"])
-            steps = [next(iter(step.items())) for step in body["preprocess"]]
-            self.model: dict[str, Any] = tree["models"][body["model_name"]]
+            steps = [_only(step) for step in body["preprocess"]]
+            self.model: dict[str, Any] = dict(tree["models"][body["model_name"]])
+            names = [_plain(name) for name, _ in steps]
+            last = {n: dict(params or {}) for n, (_, params) in zip(names, steps, strict=True)}
         except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise PipelineError(f"not a pipeline with one task: {error!r}") from error
-        names = [_plain(name) for name, _ in steps]
-        last = {name: dict(params or {}) for name, (_, params) in zip(names, steps, strict=True)}
         #: (name, parameters) in order; a name that appears twice has its last parameters twice.
         self.operators = [(name, last[name]) for name in names]
 
@@ -65,7 +65,7 @@ class Pipeline:
             float32, (N, C, H', W').
 
         Raises:
-            PipelineError: an operator that is unknown or out of place.
+            PipelineError: an operator that is unknown, out of place or without sense.
         """
         # Readers of image files give RGB, whatever they hold.
         value: NDArray[Any] = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
@@ -77,10 +77,21 @@ class Pipeline:
             operator = _OPERATORS.get(name)
             if operator is None:
                 raise PipelineError(f"operator {name} is not known here")
-            value = operator(value, params)
+            try:
+                value = operator(value, params)
+            except PipelineError:
+                raise
+            except (TypeError, ValueError, OverflowError, MemoryError) as error:
+                raise PipelineError(f"{name} can't be done with {params}: {error}") from error
         if value.dtype != np.float32:
             raise PipelineError("no torch-totensor: the network would get an image")
         return value
+
+
+def _only(step: dict[str, Any]) -> tuple[str, Any]:
+    """The operator of a list item, and its parameters; ValueError when there is not one."""
+    ((name, params),) = step.items()
+    return name, params
 
 
 def _plain(name: str) -> str:
@@ -166,7 +177,7 @@ def _numbers(words: object, channels: int) -> NDArray[np.float32]:
     items = words if isinstance(words, list) else str(words).split(",")
     try:
         values = np.array([float(item) for item in items], np.float32)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise PipelineError(f"{words!r} is not numbers") from error
     if len(values) not in (1, channels):
         raise PipelineError(f"{words!r} has {len(values)} values for {channels} channels")
@@ -220,14 +231,14 @@ def pipeline_differences(pipeline: Pipeline, given: StudentInput) -> list[str]:
             has = present.get(name, {}).get(key)
             if name in present and not _same(has, value):
                 found.append(f"{name}.{key} is {has}, needed is {_shown(value)}")
-    shape = [1, len(given.bands), *given.size_hw]
-    if pipeline.model.get("input_tensor_shape") != shape:
-        has = pipeline.model.get("input_tensor_shape")
-        found.append(f"input_tensor_shape is {has}, needed is {shape}")
-    color = "GRAY" if len(given.bands) == 1 else "RGB"
-    if pipeline.model.get("input_color_format") != color:
-        has = pipeline.model.get("input_color_format")
-        found.append(f"input_color_format is {has}, needed is {color}")
+    needed_of_model = {
+        "input_tensor_layout": "NCHW",
+        "input_tensor_shape": [1, len(given.bands), *given.size_hw],
+        "input_color_format": "GRAY" if len(given.bands) == 1 else "RGB",
+    }
+    for key, value in needed_of_model.items():
+        if pipeline.model.get(key) != value:
+            found.append(f"{key} is {pipeline.model.get(key)}, needed is {value}")
     return found
 
 

@@ -312,6 +312,41 @@ def label(
 
 
 @commands.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "-c",
+    "--config",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    help="The kdpipe.yaml beside whose runs/ folder these runs lie.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default runs/comparison.")
+@_debug_option
+def compare(runs: Sequence[str], config: Path, out: Path | None, debug: bool) -> None:
+    """Teachers, ensemble, students and baselines of runs in one table: CSV, Markdown, PNG.
+
+    Runs that differ in nothing but their seed become mean and standard deviation.
+    """
+    from pipeline.comparison import read_run, summarize, write_comparison
+
+    root = config.parent
+    rows = []
+    for name in dict.fromkeys(runs):
+        folder = root / "runs" / name
+        if not folder.is_dir():
+            known = sorted(p.parent.name for p in (root / "runs").glob("*/manifest.json"))
+            raise InputError(f"there is no run {name!r}{nearest(name, known)}")
+        rows += read_run(folder, root)
+    target = out or root / "runs" / "comparison"
+    try:
+        click.echo(write_comparison(summarize(rows), target), nl=False)
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror or error}") from error
+    _to_stderr(f"wrote comparison.csv, comparison.md, comparison.png in {_beside_here(target)}")
+
+
+@commands.command()
 @_json_option
 @_debug_option
 def doctor(as_json: bool, debug: bool) -> None:

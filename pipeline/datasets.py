@@ -167,7 +167,7 @@ def _array_source(
         count=_common_length(path, lengths),
         shapes={m: (a.shape[1], a.shape[2], a.shape[3]) for m, a in arrays.items()},
         labels=labels,
-        reader=lambda modality, rows, bands: arrays[modality][rows][..., list(bands)],
+        reader=lambda modality, rows, bands: _picked(arrays[modality][rows], bands),
     )
 
 
@@ -203,8 +203,9 @@ def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> Patch
                     f"{path.name}: {modalities[modality]!r} can't be read in rows {run[0]} to "
                     f"{run[-1]} (truncated?): {error}"
                 ) from error
-            parts.append(slab[run - run[0]][..., list(bands)])
-        return np.concatenate(parts)
+            whole = slab if len(slab) == len(run) else slab[run - run[0]]
+            parts.append(_picked(whole, bands))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return PatchSource(
         path=path,
@@ -214,6 +215,14 @@ def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> Patch
         reader=read,
         synthetic=str(file.attrs.get(MARK, "")),
     )
+
+
+def _picked(patches: NDArray[np.generic], bands: Sequence[int]) -> NDArray[np.generic]:
+    """Some bands of (N, H, W, bands); a copy only where it must be."""
+    first, count = bands[0], len(bands)
+    if list(bands) == list(range(first, first + count)):
+        return patches[..., first : first + count]
+    return patches[..., list(bands)]
 
 
 def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
@@ -393,16 +402,16 @@ def stream(
     *,
     batch: int,
     block: int = 128,
-    buffer: int = 64,
+    buffer: int = 16,
     seed: int = 0,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Batches in an order that is random enough to train on, from contiguous reads.
 
     The rows are cut into blocks of neighbours, the blocks are shuffled, and every batch is drawn at
     random from a buffer that holds about `buffer` of them. How random that is: a batch of b patches
     comes from about `buffer * (1 - (1 - 1 / buffer) ** b)` different blocks, chosen at random from
-    the whole file (64 patches from about 40 blocks with the defaults); with `buffer * block >= N`
-    the order is a uniform random permutation. Memory: twice `buffer * block` patches.
+    the whole file (64 patches from all 16 blocks with the defaults); with `buffer * block >= N`
+    the order is a uniform random permutation. Memory: `buffer * block` patches.
 
     Args:
         source: of the patches.
@@ -415,35 +424,33 @@ def stream(
         seed: of the order; every row appears exactly once whatever it is.
 
     Yields:
-        The rows of a batch, (batch,), and their patches.
+        The rows of a batch, (batch,), and their patches as float32, which every later computation
+        starts from.
     """
     random = np.random.default_rng(seed)
     blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
     order = random.permutation(len(blocks)).tolist()
-    held_rows = np.empty(0, np.int64)
-    held: NDArray[np.generic] | None = None
-    while order or len(held_rows):
-        wanted = [
-            blocks[order.pop()] for _ in range(min(len(order), _missing(held_rows, block, buffer)))
-        ]
-        if wanted:
-            fresh = np.concatenate([source.read(modality, some, bands) for some in wanted])
-            held = fresh if held is None else np.concatenate([held, fresh])
-            held_rows = np.concatenate([held_rows, *wanted])
+    capacity = min(len(rows), block * buffer)
+    held: NDArray[np.float32] | None = None
+    held_rows = np.empty(capacity, np.int64)
+    free, filled = np.arange(capacity), np.empty(0, np.int64)
+    while order or len(filled):
+        while order and len(blocks[order[-1]]) <= len(free):
+            wanted = blocks[order.pop()]
+            fresh = source.read(modality, wanted, bands)
+            if held is None:
+                held = np.empty((capacity, *fresh.shape[1:]), np.float32)
+            slots, free = free[: len(wanted)], free[len(wanted) :]
+            held[slots], held_rows[slots] = fresh, wanted
+            filled = np.concatenate([filled, slots])
         assert held is not None
-        # A round delivers a quarter of the buffer before it is filled again: moving patches about
-        # costs little, and the buffer stays nearly full.
-        shuffled = random.permutation(len(held_rows))
-        deliver = len(held_rows) if not order else max(batch, len(held_rows) // 4 // batch * batch)
+        # A round delivers a quarter of the buffer before its places are filled again.
+        shuffled = random.permutation(filled)
+        deliver = len(filled) if not order else max(batch, len(filled) // 4 // batch * batch)
         for start in range(0, min(deliver, len(shuffled)), batch):
             chosen = shuffled[start : min(start + batch, deliver)]
             yield held_rows[chosen], held[chosen]
-        rest = shuffled[deliver:]
-        held_rows, held = held_rows[rest], held[rest]
-
-
-def _missing(held_rows: NDArray[np.int64], block: int, buffer: int) -> int:
-    return max(1, buffer - len(held_rows) // block)
+        free, filled = np.concatenate([free, shuffled[:deliver]]), shuffled[deliver:]
 
 
 def cached(
@@ -471,8 +478,7 @@ def cached(
 
     def read(modality: str, rows: NDArray[np.int64], wanted: Sequence[int]) -> NDArray[np.generic]:
         columns = [bands[modality].index(band) for band in wanted]
-        patches: NDArray[np.generic] = maps[modality][rows][..., columns]
-        return patches
+        return _picked(maps[modality][rows], columns)
 
     return replace(source, reader=read)
 

@@ -38,7 +38,8 @@ class Leg:
             return "", None
         if self.name == "png":
             limit = limits.max_png_levels * float(self.values["grey_level"])
-            return f"{limit:.3g}", _within(self.values["max_abs_difference"], limit)
+            fine = not self.values.get("fields")
+            return f"{limit:.3g}", fine and _within(self.values["max_abs_difference"], limit)
         if self.name == "yaml":
             limit = limits.max_yaml_difference
             fine = not self.values["fields"]

@@ -17,7 +17,7 @@ from pipeline.sources import UNLABELLED
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Keeps divisions by a spread finite; the value of the logit standardisation's authors.
+#: Keeps divisions by a spread finite; the value in the code of the logit standardisation's authors.
 _EPSILON = 1e-7
 
 
@@ -37,24 +37,31 @@ def hard_loss(
         class_weights: float32, (classes,); the mean is weighted by them.
 
     Returns:
-        A scalar; 0 where nothing has a label.
+        A scalar; 0, with gradients of 0, where nothing has a label.
     """
-    logits = _exact(logits)
-    if not bool((labels != UNLABELLED).any()):
-        return logits.sum() * 0.0
-    return F.cross_entropy(
-        logits,
+    known = labels != UNLABELLED
+    total = F.cross_entropy(
+        _exact(logits),
         labels,
         weight=class_weights,
         ignore_index=UNLABELLED,
+        reduction="sum",
         label_smoothing=label_smoothing,
     )
+    if class_weights is None:
+        weight = known.sum()
+    else:
+        weight = class_weights[labels.clamp(min=0)].where(known, 0.0).sum()
+    # torch's own mean over nothing is not a number.
+    return total / weight.where(weight > 0, 1)
 
 
 def soft_loss(
     student: Tensor, teacher: Tensor, *, temperature: float, standardize: bool = False
 ) -> Tensor:
-    """T^2 * KL(teacher || student) of the softened distributions, the mean over N in nats.
+    """T^2 * KL(teacher || student) of the softened distributions, the mean over all rows in nats.
+
+    Deep mutual learning is this loss both ways: whoever comes second teaches.
 
     Args:
         student: logits, (N, classes, ...).
@@ -107,12 +114,11 @@ def decoupled_loss(
         whole = logits.logsumexp(dim=1, keepdim=True)
         rest = logits.masked_fill(is_target, -torch.inf).logsumexp(dim=1, keepdim=True)
         binary = torch.cat([logits.gather(1, target) - whole, rest - whole], dim=1)
-        # The target's own column is taken out of the sum below, whatever it holds.
+        # Equal in both, the target's own column adds nothing to the divergence of the rest.
         parts.append((binary, (logits - rest).masked_fill(is_target, 0.0)))
     (own_binary, own_rest), (other_binary, other_rest) = parts
     target_part = F.kl_div(own_binary, other_binary, reduction="none", log_target=True).sum(dim=1)
-    among = F.kl_div(own_rest, other_rest, reduction="none", log_target=True)
-    nontarget_part = among.masked_fill(is_target, 0.0).sum(dim=1)
+    nontarget_part = F.kl_div(own_rest, other_rest, reduction="none", log_target=True).sum(dim=1)
     both = target_weight * target_part + nontarget_weight * nontarget_part
     return temperature**2 * both.mean()
 
@@ -141,7 +147,8 @@ def relational_loss(
 
     Source:
         Huang, You, Wang, Qian, Xu 2022, Knowledge Distillation from A Stronger Teacher,
-        equations 7 to 10.
+        equations 7 to 10. T^2 comes from the authors' code. A correlation does not shrink with
+        1/T, so unlike those of `soft_loss` its gradients grow with T^2.
     """
     own, other = _softened(student, teacher, temperature, standardize)
     p, q = own.softmax(dim=1), other.softmax(dim=1)
@@ -177,13 +184,16 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def standardized(logits: Tensor) -> Tensor:
     """Every row of logits with mean 0 and standard deviation 1 over the classes.
 
-    Then teacher and student need not have logits of the same size, only of the same shape.
+    Then teacher and student need not have logits of the same size, only of the same shape. The
+    temperature divides the result, and T^2 stays a factor of the loss.
 
     Source:
-        Sun, Ren, Li, Wang, Cao 2024, Logit Standardization in Knowledge Distillation, algorithm 1.
+        Sun, Ren, Li, Wang, Cao 2024, Logit Standardization in Knowledge Distillation, algorithms 1
+        and 2: the variance divides by the number of classes, as there. The authors' code divides by
+        one less, which softens like a temperature sqrt(classes / (classes - 1)) times higher.
     """
     centered = logits - logits.mean(dim=1, keepdim=True)
-    return centered / (logits.std(dim=1, keepdim=True) + _EPSILON)
+    return centered / (logits.std(dim=1, correction=0, keepdim=True) + _EPSILON)
 
 
 def decayed(start: float, end: float, epoch: int, epochs: int) -> float:

@@ -126,7 +126,9 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Replace manifest.json in the run folder, all or nothing."""
-        text = json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False) + "\n"
+        tree = msgspec.to_builtins(self)
+        # A NaN would be written, and the whole manifest be no JSON any more.
+        text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(folder / "manifest.json", text.encode())
 
 

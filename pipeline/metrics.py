@@ -81,11 +81,16 @@ def sqnr_db(signal: NDArray[np.floating], noisy: NDArray[np.floating]) -> float 
 
 
 def cosines(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Cosine between the rows of two (N, classes) arrays, (N,); 1 where both rows are zero."""
+    """Cosine between the rows of two (N, classes) arrays, (N,).
+
+    Where both rows are zero it is 1, where only one is, 0: an output that collapsed is not alike.
+    """
     a, b = one.astype(np.float64), other.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    of_a, of_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    norms = of_a * of_b
+    without_direction = np.where(of_a == of_b, 1.0, 0.0)
     safe = np.where(norms > 0, norms, 1)
-    result: NDArray[np.float64] = np.where(norms > 0, (a * b).sum(axis=1) / safe, 1.0)
+    result: NDArray[np.float64] = np.where(norms > 0, (a * b).sum(axis=1) / safe, without_direction)
     return result
 
 

@@ -43,17 +43,21 @@ class StudentBatches(Dataset[Batch]):
         splits: Mapping[str, DatasetSplit],
         given: StudentInput,
         teaching: Teaching | None,
+        *,
+        answers: bool = True,
     ) -> None:
         """Nothing is read before a batch is asked for.
 
         Args:
             splits: one split, or "train" and "unlabeled".
             given: the student's input.
-            teaching: None: nobody teaches, and views are the plain one.
+            teaching: gives the views and the teachers' answers; None: plain patches, no answers.
+            answers: whether batches carry the answers.
         """
         self._splits = dict(splits)
         self._given = given
         self._teaching = teaching
+        self._answers = answers
         self._starts = np.cumsum([0, *(len(split.labels) for split in self._splits.values())])
 
     def __len__(self) -> int:
@@ -91,9 +95,10 @@ class StudentBatches(Dataset[Batch]):
         if self._teaching is not None and len(own):
             ensemble = self._teaching.ensemble
             images = take_view(images, split.rows[own], view, ensemble.views, ensemble.seed)
-            answer = self._teaching.answer(name, own, view)
-            logits = torch.from_numpy(answer.logits)
-            features = [torch.from_numpy(feature) for feature in answer.features]
+            if self._answers:
+                answer = self._teaching.answer(name, own, view)
+                logits = torch.from_numpy(answer.logits)
+                features = [torch.from_numpy(feature) for feature in answer.features]
         tensor = torch.from_numpy(student_tensor(images, self._given))
         return Batch(tensor, torch.from_numpy(split.labels[own]), logits, features)
 

@@ -161,14 +161,13 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(task.seed, verbose=False)
     student = task.network()
-    teaching = None
-    if task.taught and params.teacher == "ensemble":
-        teaching = Teaching(Path(task.teaching), Path(task.contract))
+    teaching = Teaching(Path(task.teaching), Path(task.contract))
+    by_ensemble = task.taught and params.teacher == "ensemble"
     best, last = _checkpoints(params, folder)
     resumed = _resume_point(folder / "checkpoints")
     with progress(f"train {params.student}", 1) as bar:
         trainer = _trainer(task, [_KeepHistory(folder / "metrics.csv"), best, last, _Bar(bar)])
-        data = StudentBatches(_splits(task), task.given, teaching)
+        data = StudentBatches(_splits(task), task.given, teaching, answers=by_ensemble)
         order = _order(task, data, teaching, trainer.world_size, trainer.global_rank)
         taps = _taps(task, student, data, teaching)
         student.train()  # Lightning leaves a module in the mode it finds it in
@@ -278,7 +277,7 @@ def _splits(task: Task) -> dict[str, DatasetSplit]:
 
 
 def _order(
-    task: Task, data: StudentBatches, teaching: Teaching | None, processes: int, rank: int
+    task: Task, data: StudentBatches, teaching: Teaching, processes: int, rank: int
 ) -> Order:
     """The batches of an epoch; a training without teacher takes as many steps as one with."""
     params = task.params
@@ -294,7 +293,7 @@ def _order(
         len(data),
         params.batch_size,
         seed=task.seed,
-        views=teaching.ensemble.views.count if teaching else 1,
+        views=teaching.ensemble.views.count,
         steps=steps,
         weights=weights,
         rank=rank,
@@ -303,9 +302,9 @@ def _order(
 
 
 def _taps(
-    task: Task, student: nn.Module, data: StudentBatches, teaching: Teaching | None
+    task: Task, student: nn.Module, data: StudentBatches, teaching: Teaching
 ) -> FeatureTaps | None:
-    if teaching is None or not task.params.features:
+    if not task.taught or not task.params.features:
         return None
     batch = data[(0, [0, 1])]
     names = teaching.ensemble.feature_names

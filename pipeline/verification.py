@@ -167,7 +167,7 @@ def _check_contract(state: RunState) -> Iterator[str]:
             yield from _compare(name, f"{file or path.name}: {key}", truth, _read(path, key))
     pipeline = manifest.artifacts.get("device_pipeline")
     for path in (state.folder / pipeline.path).glob("*.yaml") if pipeline else ():
-        if truth not in path.read_text():
+        if truth.encode() not in path.read_bytes():
             yield f"device_pipeline: {path.name} does not carry the contract's digest {truth}"
 
 

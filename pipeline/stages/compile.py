@@ -112,15 +112,18 @@ def gates(params: CompileParams, facts: Facts) -> list[Gate]:
     constants = facts["device_constants"]
     if constants is None:
         return []
-    worst, limit = constants["worst"], params.max_constant_error
-    what = (
-        "a std vanishes" if worst is None else f"the tensor is off by up to {worst:.3g} sigma there"
-    )
+    limit = params.max_constant_error
+    channels = constants["channels"]
+    vanished = [c for c in channels if c["worst"] is None]
+    off = [c for c in channels if c["worst"] is not None and c["worst"] > limit]
+    what = [f"the std of band {c['band']} vanishes" for c in vanished]
+    for channel in off or ([] if vanished else [max(channels, key=lambda c: c["worst"])]):
+        what.append(f"band {channel['band']} is off by up to {channel['worst']:.3g} sigma there")
     return [
         Gate(
             "device_constants",
-            worst is not None and worst <= limit,
-            f"the device pipe keeps three decimals of mean / 255 and std / 255: {what} "
+            not vanished and not off,
+            f"the device pipe keeps three decimals of mean / 255 and std / 255: {', '.join(what)} "
             f"(limit {limit:g}); ingest.student.encoding: percentile makes them exact",
         )
     ]

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.metrics import agreement, paired_difference, sqnr_db, top1, undisputed_agreement
+from pipeline.metrics import (
+    agreement,
+    cosines,
+    paired_difference,
+    sqnr_db,
+    top1,
+    undisputed_agreement,
+)
 
 
 def test_top1_and_agreement_by_hand():
@@ -25,6 +32,17 @@ def test_sqnr_by_hand():
         10 * math.log10(25 / 0.25)
     )
     assert sqnr_db(signal, signal) is None
+
+
+def test_cosines_by_hand_also_of_rows_of_zeros():
+    one = np.array([[3.0, 4.0], [1.0, 0.0], [1.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
+    other = np.array([[4.0, 3.0], [0.0, 5.0], [-2.0, -4.0], [0.0, 0.0], [1.0, 0.0]])
+    assert cosines(one, other) == pytest.approx([24 / 25, 0.0, -1.0, 1.0, 0.0])
+
+
+def test_cosines_of_large_float32_rows_do_not_overflow():
+    rows = np.full((2, 3), 1e30, np.float32)
+    assert cosines(rows, -rows) == pytest.approx([-1.0, -1.0])
 
 
 def test_paired_difference_by_hand():

@@ -66,28 +66,16 @@ def test_a_stage_that_carried_another_contract_is_found_even_if_its_digest_was_r
     path = finished.artifact(artifact) / file if file else finished.artifact(artifact)
     truth = finished.manifest["contract"]["sha256"]
     path.write_text(path.read_text().replace(truth, "0" * 64))
-    redo_digest(finished, artifact)
+    finished.redo_digest(artifact)
     result = finished.kdpipe("verify")
     assert result.returncode == 3
     assert f"contract: expected {truth}, found {'0' * 64}" in result.stdout
 
 
-def redo_digest(project, name):
-    from pipeline.manifest import Digests
-
-    digests = Digests(project.root / "unused.json")
-    path = project.artifact(name)
-    if path.is_dir():
-        path.with_name(path.name + ".digests").write_text(digests.listing(path))
-    manifest = project.manifest
-    manifest["artifacts"][name]["sha256"] = digests.path(path)[0]
-    (project.folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def test_a_yaml_of_another_contract_is_found(finished):
     path = finished.artifact("device_pipeline") / "tiny.yaml"
     path.write_text(path.read_text().replace(finished.manifest["contract"]["sha256"], "0" * 64))
-    redo_digest(finished, "device_pipeline")
+    finished.redo_digest("device_pipeline")
     result = finished.kdpipe("verify")
     assert result.returncode == 3
     assert "tiny.yaml does not carry the contract's digest" in result.stdout

@@ -1,0 +1,121 @@
+"""How fast patches come out of a So2Sat file, against opening it for every sample.
+
+    python benchmarks/reading.py
+
+The peer is the loader of a public training repository: open the file, read one patch, close it.
+Prints patches per CPU second and the ratio, measured in one run with a warm page cache, for a
+contiguous file and for one with a chunk per patch; takes about a minute.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+
+from pipeline.datasets import PatchSource, cached, open_so2sat, stream
+from pipeline.synthetic import write_so2sat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATCHES = 3000
+SAMPLES = 600  # of the slow ways
+RUNS = 3
+BANDS = list(range(10))
+
+
+def main() -> None:
+    """Measure and print the table."""
+    print("| way | contiguous | chunk per patch | bar |")
+    print("|---|---|---|---|")
+    columns = []
+    with tempfile.TemporaryDirectory() as folder:
+        contiguous = Path(folder) / "contiguous.h5"
+        write_so2sat(contiguous, PATCHES, seed=1)
+        chunked = Path(folder) / "chunked.h5"
+        with h5py.File(contiguous) as source, h5py.File(chunked, "w") as target:
+            target.create_dataset("sen2", data=source["sen2"], chunks=(1, 32, 32, 10))
+            target.create_dataset("label", data=source["label"])
+        for path in (contiguous, chunked):
+            columns.append(rates(path, Path(folder) / "cache"))
+    bars = {
+        "one handle, a read per sample": ">= 10",
+        "shuffled blocks (stream)": ">= 15",
+        "memory-mapped cache, random order": ">= 30",
+        "sorted list of 128 rows on one handle": "never used",
+    }
+    peer = "open the file per sample"
+    for way in columns[0]:
+        cells = [f"{found[way]:,.0f}/s ({found[way] / found[peer]:.1f}x)" for found in columns]
+        print(f"| {way} | {' | '.join(cells)} | {bars.get(way, '')} |")
+
+
+def rates(path: Path, cache: Path) -> dict[str, float]:
+    """Patches per second of every way, the median of interleaved runs."""
+    source = open_so2sat(path, {"optical": "sen2"}, "label")
+    copy = cached(source, {"optical": BANDS}, path.name, cache, 512)
+    order = np.random.default_rng(0).permutation(PATCHES)
+    ways: dict[str, Callable[[], int]] = {
+        "open the file per sample": lambda: open_per_sample(path, order[:SAMPLES]),
+        "one handle, a read per sample": lambda: one_handle(path, order),
+        "sorted list of 128 rows on one handle": lambda: sorted_lists(path, order[:SAMPLES]),
+        "shuffled blocks (stream)": lambda: streamed(source),
+        "memory-mapped cache, random order": lambda: mapped(copy, order),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    counts = {}
+    for _ in range(RUNS):
+        for name, way in ways.items():
+            start = time.process_time()
+            counts[name] = way()
+            seconds[name].append(time.process_time() - start)
+    return {name: counts[name] / statistics.median(seconds[name]) for name in ways}
+
+
+def open_per_sample(path: Path, order: np.ndarray) -> int:
+    """The peer."""
+    for row in order:
+        with h5py.File(path) as file:
+            file["sen2"][row].astype(np.float32)
+    return len(order)
+
+
+def one_handle(path: Path, order: np.ndarray) -> int:
+    """Open once, read one patch at a time."""
+    with h5py.File(path) as file:
+        patches = file["sen2"]
+        for row in order:
+            patches[row].astype(np.float32)
+    return len(order)
+
+
+def sorted_lists(path: Path, order: np.ndarray) -> int:
+    """The trap: h5py's list of indices."""
+    with h5py.File(path) as file:
+        for start in range(0, len(order), 128):
+            file["sen2"][np.sort(order[start : start + 128])].astype(np.float32)
+    return len(order)
+
+
+def streamed(source: PatchSource) -> int:
+    """What kdpipe does with a file: shuffled blocks through a buffer."""
+    rows = np.arange(PATCHES, dtype=np.int64)
+    return sum(len(patches) for _, patches in stream(source, "optical", rows, BANDS, batch=128))
+
+
+def mapped(copy: PatchSource, order: np.ndarray) -> int:
+    """What kdpipe does with data.cache: batches of free choice from a memory map."""
+    total = 0
+    for start in range(0, len(order), 128):
+        total += len(copy.read("optical", np.sort(order[start : start + 128]), BANDS))
+    return total
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""How fast distillation trains, against a bare PyTorch loop and against asking the teacher anew.
+
+    python benchmarks/training.py
+
+Prints ratios measured in one run, two cores, nothing else; takes about eight minutes. The data are
+synthetic and the teachers untrained: only time is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import yaml
+from timm.models.densenet import DenseNet
+from tqdm import tqdm
+
+from pipeline.config import load_config
+from pipeline.manifest import load_manifest
+from pipeline.splits import DatasetSplit
+from pipeline.stage import load_stages
+from pipeline.synthetic import write_so2sat
+from pipeline.training import Task, train
+from preprocessing.apply import student_tensor
+from preprocessing.contract import load_contract
+
+KDPIPE = Path(sys.executable).parent / "kdpipe"
+PATCHES = 1024
+EPOCHS = 16
+STUDENTS = {"tiny CNN": "test_byobnet", "MobileNet-like": "mobilenetv3_small_050"}
+
+
+def main() -> None:
+    """Measure everything and print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_project(root)
+        print("| what | measured | bar |\n|---|---|---|")
+        for kind, name in STUDENTS.items():
+            seconds = {mode: whole_run(root, mode, name) for mode in ("cached", "live")}
+            bar = 3 if kind == "tiny CNN" else 1.5
+            print(
+                f"| {EPOCHS} epochs with the cache pass, {kind} ({name}): live / cached | "
+                f"{seconds['live']:.1f} s / {seconds['cached']:.1f} s = "
+                f"{seconds['live'] / seconds['cached']:.2f} | >= {bar} |",
+                flush=True,
+            )
+        task = last_task(root)
+        for kind, name in STUDENTS.items():
+            params = replace(task.params, student=name)
+            taught = [epoch_seconds(replace(task, params=params)) for _ in range(3)]
+            alone = [epoch_seconds(replace(task, params=params, taught=False)) for _ in range(3)]
+            bare = [bare_epoch_seconds(replace(task, params=params)) for _ in range(3)]
+            t, a, b = (statistics.median(some) for some in (taught, alone, bare))
+            print(f"| epoch with cached teacher / without, {kind} | {t / a:.2f} | <= 1.15 |")
+            print(
+                f"| throughput / bare loop over tensors in RAM, {kind} | "
+                f"{PATCHES / t:.0f} / {PATCHES / b:.0f} patches per s = {b / t:.2f} | >= 0.85 |",
+                flush=True,
+            )
+
+
+def write_project(root: Path) -> None:
+    """Synthetic patches, three DenseNets that see ten bands, and a config."""
+    write_so2sat(root / "train.h5", PATCHES + 256, seed=1)
+    write_so2sat(root / "test.h5", 170, seed=2)
+    contract = {
+        "input": {"layout": "NCHW", "dtype": "float32", "shape": [1, 10, 32, 32]},
+        "scaling": {"optical": {"type": "linear", "src_range": [0, 2.8], "dst_range": [0, 255]}},
+        "zscore": {"enabled": False},
+        "labels": [f"LCZ_{i}" for i in range(1, 18)],
+    }
+    (root / "preprocessing.json").write_text(json.dumps(contract))
+    (root / "teachers").mkdir()
+    for number in range(3):
+        torch.manual_seed(number)
+        network = DenseNet(12, (3, 4, 4), num_classes=17, in_chans=10).eval()
+        torch.onnx.export(
+            network,
+            (torch.zeros(1, 10, 32, 32),),
+            str(root / "teachers" / f"t{number}.onnx"),
+            opset_version=17,
+            dynamo=False,
+            input_names=["input"],
+            dynamic_axes={"input": {0: "batch"}},
+        )
+    config = {
+        "run": "speed",
+        "ingest": {
+            "data": {
+                "format": "so2sat-h5",
+                "modalities": {"optical": "sen2"},
+                "train": {"path": "train.h5", "rows": [0, PATCHES]},
+                "val": {"path": "train.h5", "rows": [PATCHES, PATCHES + 256]},
+                "test": {"path": "test.h5"},
+            },
+            "doubtful_top1": 0.0,
+            "teachers": [{"path": "teachers/t*.onnx", "bands": list(range(10))}],
+            "student": {"bands": [2, 1, 0], "size": 32},
+        },
+        "distill": {"epochs": EPOCHS, "batch_size": 64, "loggers": []},
+    }
+    (root / "kdpipe.yaml").write_text(yaml.safe_dump(config))
+
+
+def whole_run(root: Path, mode: str, student: str) -> float:
+    """Seconds of ingest and distill as a user runs them, from nothing."""
+    words = [f"ingest.teacher_mode={mode}", f"distill.student={student}"]
+    changes = [word for change in words for word in ("--set", change)]
+    start = time.perf_counter()
+    subprocess.run(
+        [KDPIPE, "run", "--to", "distill", "--run", f"{mode}-{student}", *changes],
+        cwd=root,
+        check=True,
+        capture_output=True,
+    )
+    seconds = time.perf_counter() - start
+    if mode == "cached":
+        for block in (root / "runs" / ".cache" / "labels").rglob("*.npz"):
+            block.unlink()  # the next run shall ask its teachers again
+    return seconds
+
+
+def last_task(root: Path) -> Task:
+    """A training on what the last cached run ingested."""
+    folder = root / "runs" / f"cached-{STUDENTS['tiny CNN']}"
+    manifest = load_manifest(folder)
+    assert manifest is not None
+    paths = {name: folder / artifact.path for name, artifact in manifest.artifacts.items()}
+    params = load_config(root / "kdpipe.yaml", load_stages()).params["distill"]
+    return Task(
+        params=params,
+        dataset=str(paths["dataset"]),
+        teaching=str(paths["teaching"]),
+        contract=str(paths["contract"]),
+        student_input=str(paths["student_input"]),
+        init=None,
+        classes=len(load_contract(paths["contract"]).labels),
+        seed=0,
+        taught=True,
+        folder=str(root / "scratch"),
+        logs=str(root / "logs"),
+    )
+
+
+def epoch_seconds(task: Task) -> float:
+    """Seconds of one more epoch: a training of five against one of a single epoch."""
+    seconds = []
+    for epochs in (1, 5):
+        given = replace(task, params=replace(task.params, epochs=epochs, warmup_epochs=0.5))
+        start = time.perf_counter()
+        train(given, lambda what, total: tqdm(total=total, disable=True))
+        seconds.append(time.perf_counter() - start)
+    return (seconds[1] - seconds[0]) / 4
+
+
+def bare_epoch_seconds(task: Task) -> float:
+    """The same network, batches, optimizer and losses in the shortest loop there is, validated."""
+    splits = [DatasetSplit.load(Path(task.dataset) / name) for name in ("train", "val")]
+    tensors, val = (torch.from_numpy(student_tensor(s.images, task.given)) for s in splits)
+    labels = torch.from_numpy(np.array(splits[0].labels))
+    teacher = torch.from_numpy(np.load(Path(task.teaching) / "train-logits.npy")[0])
+    network = timm.create_model(task.params.student, num_classes=task.classes, in_chans=3).train()
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    size = task.params.batch_size
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        order = torch.randperm(len(tensors))
+        for step in range(len(tensors) // size):
+            chosen = order[step * size : (step + 1) * size]
+            logits = network(tensors[chosen])
+            hard = torch.nn.functional.cross_entropy(logits, labels[chosen])
+            soft = torch.nn.functional.kl_div(
+                (logits / 2).log_softmax(1),
+                (teacher[chosen] / 2).log_softmax(1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            loss = 0.7 * hard + 0.3 * 4 * soft
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+        with torch.no_grad():
+            network.eval()
+            for i in range(0, len(val), size):
+                network(val[i : i + size])
+            network.train()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+import csv
+import json
+import statistics
+
+import pytest
+from tiny_project import write_project
+
+from pipeline.comparison import COLUMNS
+
+
+def read(folder):
+    lines = (folder / "comparison.csv").read_text().splitlines()
+    return {row["network"]: row for row in csv.DictReader(lines)}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two seeds with a baseline, one of them calibrated, and the table of both."""
+    project = write_project(tmp_path_factory.mktemp("compared") / "project")
+    project.edit("distill", "baselines", to=["no_teacher"])
+    for seed, last in ((3, "calibrate"), (4, "distill")):
+        words = ("--run", f"seed{seed}", "--set", f"seed={seed}", "--to", last)
+        result = project.kdpipe("run", *words)
+        assert result.returncode == 0, result.stderr
+    result = project.kdpipe("compare", "seed3", "seed4")
+    assert result.returncode == 0, result.stderr
+    return project, result.stdout
+
+
+def test_every_network_has_its_row_and_every_column_its_value(compared):
+    project, text = compared
+    folder = project.root / "runs" / "comparison"
+    assert (folder / "comparison.md").read_text() == text
+    rows = read(folder)
+    assert list(rows) == [
+        "teacher dense_a",
+        "teacher dense_b",
+        "teacher ensemble",
+        "test_byobnet, distilled",
+        "test_byobnet, without teacher",
+    ]
+    student = rows["test_byobnet, distilled"]
+    assert (student["runs"], student["n"], student["measured_on"]) == ("2", "60", "host-float")
+    assert float(student["parameters"]) > 1e5
+    assert float(student["macs"]) > 1e5
+    assert 0 <= float(student["ece"]) <= 1
+    assert student["top1_int8"] == ""  # only one of the two runs has it
+    assert float(rows["teacher dense_a"]["parameters"]) == 3 * 3 + 3
+    assert float(rows["teacher ensemble"]["parameters"]) == 24
+    assert "takes " in text  # this student is larger than its teachers
+    assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_seeds_become_mean_and_standard_deviation(compared):
+    project, _ = compared
+    single = []
+    for name in ("seed3", "seed4"):
+        out = project.root / name
+        assert project.kdpipe("compare", name, "--out", str(out)).returncode == 0
+        rows = read(out)
+        single.append(float(rows["test_byobnet, distilled"]["top1"]))
+        assert rows["test_byobnet, distilled"]["top1_sd"] == ""
+    folder = project.root / "runs" / "comparison"
+    rows = read(folder)
+    both = rows["test_byobnet, distilled"]
+    assert float(both["top1"]) == pytest.approx(statistics.mean(single))
+    assert float(both["top1_sd"]) == pytest.approx(statistics.stdev(single))
+    assert set(COLUMNS) <= set(both)
+
+
+def test_a_calibrated_run_shows_its_int8_figures(compared):
+    project, _ = compared
+    out = project.root / "one"
+    text = project.kdpipe("compare", "seed3", "--out", str(out)).stdout
+    rows = read(out)
+    manifest = json.loads((project.root / "runs" / "seed3" / "manifest.json").read_text())
+    facts = manifest["stages"]["calibrate"]["facts"]
+    assert float(rows["test_byobnet, distilled"]["top1_int8"]) == facts["top1_val_int8"]
+    assert float(rows["test_byobnet, distilled"]["int8_bytes"]) > 1000
+    assert "host-float" in text
+
+
+def test_a_run_that_is_not_there_is_named(compared):
+    project, _ = compared
+    result = project.kdpipe("compare", "seed5")
+    assert result.returncode == 3
+    assert "there is no run 'seed5'; did you mean 'seed" in result.stderr
