@@ -71,7 +71,7 @@ def digits() -> Data:
     images = found.images[order][..., None].astype(np.float32)
     views = {"count": 8, "flip": False, "rotate": False, "shift": 1, "zoom": 0.1}
     return Data(
-        images, found.target[order], 1200, 200, 100, 16.0, [0], 32, "test_byobnet", 40, views, 3.0
+        images, found.target[order], 1200, 200, 100, 16.0, [0], 16, "test_byobnet", 40, views, 3.0
     )
 
 
@@ -243,7 +243,7 @@ def teach(tensors: np.ndarray, labels: np.ndarray, size: int, seed: int) -> nn.M
         12, (3, 4, 4), num_classes=int(labels.max()) + 1, in_chans=tensors.shape[1], drop_rate=0.1
     ).train()
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05)
-    steps = 600
+    steps = 400
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
         chosen = torch.randint(len(images), (64,))

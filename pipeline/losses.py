@@ -147,7 +147,7 @@ def relational_loss(
 
     Source:
         Huang, You, Wang, Qian, Xu 2022, Knowledge Distillation from A Stronger Teacher,
-        equations 7 to 10. T^2 comes from the authors' code. A correlation does not shrink with
+        section 3. T^2 comes from the authors' code. A correlation does not shrink with
         1/T, so unlike those of `soft_loss` its gradients grow with T^2.
     """
     own, other = _softened(student, teacher, temperature, standardize)
@@ -216,6 +216,6 @@ def _softened(
 
 
 def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson correlation of the rows of two matrices; 0 where a row is constant."""
+    """Pearson correlation of the rows of two matrices; 0 where one is constant to within 1e-7."""
     one, other = (x - x.mean(dim=1, keepdim=True) for x in (one, other))
     return F.cosine_similarity(one, other, dim=1, eps=_EPSILON)

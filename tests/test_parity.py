@@ -145,6 +145,12 @@ YAML = {
         "input_tensor_layout: NHWC",
         "input_tensor_layout is NHWC, needed is NCHW",
     ),
+    "two operators in one item": (
+        r"False\n        - normalize:",
+        "False\n          normalize:",
+        "tiny.yaml: not a pipeline with one task",
+    ),
+    "std of zero": (r"std: \S+,", "std: 0,", "the tensor is not finite"),
     "no YAML": ("pipeline:", "pipeline: [", "tiny.yaml: not a pipeline with one task"),
     "no number": (r"mean: \S+,", "mean: many,", "is not numbers"),
 }
@@ -189,6 +195,15 @@ def test_a_field_of_the_resize_that_was_changed_is_named(resizing, parity, what)
     # Not the field alone: the tensor is another one too, or none.
     difference = legs["yaml"]["values"]["max_abs_difference"]
     assert difference is None or difference > 0.01
+
+
+def test_a_yaml_that_is_no_text_is_named(finished, parity):
+    path = finished.artifact("device_pipeline") / "tiny.yaml"
+    path.write_bytes(path.read_bytes() + b"# \xff\n")
+    finished.redo_digest("device_pipeline")
+    result = parity(finished)
+    assert result.returncode == 4
+    assert "parity, yaml: no tensor; tiny.yaml: 'utf-8' codec can't decode" in result.stderr
 
 
 def benchmark(project):
