@@ -25,7 +25,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -379,6 +379,26 @@ def init(folder: Path, debug: bool) -> None:
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror}") from error
     click.echo(f"wrote {target}; fill in its paths, then:  cd {folder} && kdpipe run --dry-run")
+
+
+@commands.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--alpha-is",
+    type=click.Choice(["hard", "soft"]),
+    help="Whose weight their alpha is: of the labels, or of the teacher.",
+)
+@_debug_option
+def convert(file: Path, alpha_is: Literal["hard", "soft"] | None, debug: bool) -> None:
+    """Print the distillation settings of somebody's config.py or YAML as kdpipe's own."""
+    from pipeline import guides
+
+    section, unknown = guides.convert(file, alpha_is)
+    click.echo("distill:")
+    for key, value in section.items():
+        click.echo(f"  {key}: {json.dumps(value)}")
+    for name in unknown:
+        _to_stderr(f"no counterpart here: {name}")
 
 
 @commands.group()
