@@ -1,6 +1,6 @@
 """How fast a batch becomes the student's tensor, against the per-image chain of public guides.
 
-    python benchmarks/preprocessing.py
+    python benchmarks/student_tensor.py
 
 Both turn the same 256 RGB patches of 32x32 into one float32 tensor of 224x224, each on one thread,
 by turns. The chain is torchvision's Resize, ToTensor and Normalize on Pillow images that are
@@ -11,13 +11,9 @@ false; the one of half_pixel_centers true is OpenCV's.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 import tracemalloc
 from typing import TYPE_CHECKING
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: this file is called like the package that it measures
 
 import numpy as np
 import torch
