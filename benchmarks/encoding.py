@@ -45,7 +45,7 @@ RGB = [2, 1, 0]
 SCALING = Scaling("linear", (0.0, 2.8), (0.0, 255.0))
 PERCENTILES = (0.1, 99.9)
 CHANNELS = ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1))  # width and stride of each convolution
-EPOCHS = 12
+EPOCHS = 10
 BATCH = 64
 LEARNING_RATE = 4e-3
 SEEDS = (0, 1, 2)
@@ -96,26 +96,24 @@ def main() -> None:
 def print_rows(splits: Splits, *, also_trained: bool) -> None:
     """Train on float and, if asked to, on every encoding; print a row for each."""
     networks = [fit(splits.train, FLOAT, seed) for seed in SEEDS]
-    decided = [decisions(network, splits.same) for network in networks]
-    same = [top1s(some, splits.same) for some in decided]
-    other = [top1s(decisions(network, splits.other), splits.other) for network in networks]
-    levels = [spread([some[FLOAT] for some in found]) for found in (same, other)]
-    print(f"| float | - | - | top-1 {levels[0]} % | top-1 {levels[1]} % | - |", flush=True)
+    tests = (splits.same, splits.other)
+    exact = [[decisions(network, test.tensors[FLOAT]) for network in networks] for test in tests]
+    base = [[top1(some, test) for some in found] for found, test in zip(exact, tests, strict=True)]
+    print(f"| float | - | - | {' | '.join(f'top-1 {spread(some)} %' for some in base)} | - |")
     for name in splits.train.tensors:
         if name == FLOAT:
             continue
+        given = [[decisions(network, test.tensors[name]) for network in networks] for test in tests]
+        changed = [100 * float((a != b).mean()) for a, b in zip(given[0], exact[0], strict=True)]
+        costs = [spread(gains(*some), "+") for some in zip(base, given, tests, strict=True)]
         trained = "-"
         if also_trained:
-            again = [decisions(fit(splits.train, name, seed), splits.same) for seed in SEEDS]
-            points = [top1s(some, splits.same)[name] for some in again]
-            trained = spread([a - b[FLOAT] for a, b in zip(points, same, strict=True)], "+")
-        changed = spread([100 * (some[name] != some[FLOAT]).mean() for some in decided])
-        costs = [
-            spread([some[name] - some[FLOAT] for some in found], "+") for found in (same, other)
-        ]
+            again = [fit(splits.train, name, seed) for seed in SEEDS]
+            decided = [decisions(network, splits.same.tensors[name]) for network in again]
+            trained = spread(gains(base[0], decided, splits.same), "+")
         print(
-            f"| {name} | {sqnr_db(splits.same, name):.1f} dB | {changed} % | {costs[0]} "
-            f"| {costs[1]} | {trained} |",
+            f"| {name} | {sqnr_db(splits.same, name):.1f} dB | {spread(changed)} % | "
+            f"{' | '.join(costs)} | {trained} |",
             flush=True,
         )
 
@@ -231,19 +229,20 @@ def fit(train: Split, name: str, seed: int, epochs: int = EPOCHS) -> nn.Module:
 
 
 @torch.inference_mode()
-def decisions(network: nn.Module, test: Split) -> dict[str, NDArray[np.int64]]:
-    """By encoding of the test patches, the class that the network chooses, (N,)."""
-    return {
-        name: np.concatenate(
-            [network(part).argmax(dim=1).numpy() for part in torch.from_numpy(tensor).split(500)]
-        )
-        for name, tensor in test.tensors.items()
-    }
+def decisions(network: nn.Module, tensor: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The class that the network chooses, (N,)."""
+    parts = torch.from_numpy(tensor).split(500)
+    return torch.cat([network(part).argmax(dim=1) for part in parts]).numpy()
 
 
-def top1s(decided: dict[str, NDArray[np.int64]], test: Split) -> dict[str, float]:
-    """Top-1 by encoding, in percent."""
-    return {name: 100 * float((some == test.labels).mean()) for name, some in decided.items()}
+def top1(decided: NDArray[np.int64], test: Split) -> float:
+    """In percent."""
+    return 100 * float((decided == test.labels).mean())
+
+
+def gains(base: Sequence[float], decided: Sequence[NDArray[np.int64]], test: Split) -> list[float]:
+    """Points of top-1 that these decisions are above those of float, seed by seed."""
+    return [top1(some, test) - exact for some, exact in zip(decided, base, strict=True)]
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:

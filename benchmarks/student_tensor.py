@@ -26,6 +26,8 @@ from preprocessing.contract import StudentInput
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
 COUNT = 256
 OLD, NEW = 32, 224
 MEAN, STD = (9.206, 9.952, 11.271), (6.044, 4.351, 3.605)  # grey levels
@@ -49,10 +51,10 @@ def main() -> None:
         given = student_input(interpolation, half_pixel_centers)
         chain = public_chain(interpolation)
 
-        def ours(given=given):
+        def ours(given: StudentInput = given) -> NDArray[np.float32]:
             return student_tensor(images, given)
 
-        def theirs(chain=chain):
+        def theirs(chain: Callable[[Image.Image], torch.Tensor] = chain) -> torch.Tensor:
             return torch.stack([chain(image) for image in opened])
 
         difference = np.abs(ours() - theirs().numpy()) * np.array(STD)[:, None, None]
@@ -109,7 +111,7 @@ def medians(*contenders: Callable[[], object]) -> list[float]:
     return [statistics.median(some) for some in seconds]
 
 
-def temporary_bytes(contender: Callable[[], np.ndarray]) -> int:
+def temporary_bytes(contender: Callable[[], NDArray[np.float32]]) -> int:
     """Peak of what is allocated during a call beyond its result."""
     tracemalloc.start()
     result = contender()

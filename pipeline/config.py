@@ -112,11 +112,12 @@ def _run_name(name: object, file: str) -> str:
     return name
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _loader(where: str) -> Any:  # noqa: ANN401 - a class of PyYAML
+    """YAML without two of its traps: repeated keys, and 1e-3 read as a word."""
     import yaml  # only here: commands without a config don't pay for it
 
     class Loader(yaml.SafeLoader):
-        """YAML without two of its traps: repeated keys, and 1e-3 read as a word."""
+        pass
 
     def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -124,7 +125,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             key = loader.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise ConfigError(f"{path.name}: key {key!r} appears twice (line {line})")
+                raise ConfigError(f"{where}: key {key!r} appears twice (line {line})")
             seen.add(key)
         return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
 
@@ -134,9 +135,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
         list("-+0123456789"),
     )
+    return Loader
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
     try:
-        # Loader is a SafeLoader: it builds plain values only.
-        tree = yaml.load(path.read_text(), Loader)
+        # A SafeLoader: it builds plain values only.
+        tree = yaml.load(path.read_text(), _loader(path.name))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path} does not exist; `kdpipe init FOLDER` writes one, -c names another"
@@ -160,7 +167,7 @@ def _apply(tree: dict[str, Any], change: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {change!r}: write stage.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _loader(f"--set {key}"))
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change!r}: the value is not YAML") from error
     *parents, last = key.split(".")

@@ -10,6 +10,7 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_project import Project, write_project
 
 from pipeline.cli import main
@@ -430,16 +431,14 @@ def test_a_digit_of_the_runs_contract_is_found_even_if_its_digest_was_redone(fin
     assert f"preprocessing.json: expected {truth}, found {changed}" in result.stderr
 
 
-def test_weights_that_are_not_the_exported_ones_are_found(finished):
-    from safetensors.numpy import load_file, save_file
-
+def test_weights_that_are_not_the_exported_ones_are_found(finished, parity):
     path = finished.artifact("training") / "student.safetensors"
     weights = load_file(path)
     name = next(n for n in weights if n.endswith("weight"))
     weights[name] = weights[name] * 1.5
     save_file(weights, path)
     finished.redo_digest("training")
-    result = finished.kdpipe("verify", "--parity")
+    result = parity(finished)
     assert result.returncode == 4
     assert "parity, export: max abs logit difference" in result.stderr
 

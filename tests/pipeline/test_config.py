@@ -89,10 +89,11 @@ def test_a_missing_config_says_what_writes_one(tmp_path):
         load_config(tmp_path / "kdpipe.yaml", STAGES)
 
 
-def test_exponents_are_numbers(tmp_path):
-    assert load(tmp_path, MINIMAL + "distill: {learning_rate: 1e-3}").params[
-        "distill"
-    ].learning_rate == pytest.approx(1e-3)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_exponents_are_numbers(tmp_path, in_file):
+    text = MINIMAL + ("distill: {learning_rate: 1e-3}" if in_file else "")
+    config = load(tmp_path, text, changes=() if in_file else ["distill.learning_rate=1e-3"])
+    assert config.params["distill"].learning_rate == pytest.approx(1e-3)
 
 
 def test_set_changes_one_value(tmp_path):
