@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from preprocessing.int8 import TensorSpec
 
 #: Quantization schemes by the names that the Voyager SDK gives them.
-SCHEMES = ("per_tensor_histogram", "per_tensor_min_max")
+SCHEMES = ("per_tensor_histogram", "per_tensor_min_max", "hybrid_per_tensor_per_channel")
 
 BACKENDS = {"emulator": "metis.emulator:Emulator", "voyager": "metis.voyager:Voyager"}
 
@@ -76,6 +76,8 @@ class CompiledModel:
     aipu_cores: int  # also the batch size of one call
     inputs: tuple[TensorSpec, ...]  # for one call
     outputs: tuple[TensorSpec, ...]  # for one call
+    preamble: str = ""  # ONNX in the folder: what the host does, in float, before the device input
+    postamble: str = ""  # ONNX in the folder: what the host does, in float, after the device output
 
     def save(self) -> None:
         """Write spec.json."""
@@ -120,6 +122,7 @@ class Backend(Protocol):
         *,
         scheme: str,
         progress: Callable[[int], object] = ...,
+        ranges: Path | None = None,
     ) -> QuantizedModel:
         """Turn a float32 ONNX into int8.
 
@@ -129,6 +132,8 @@ class Backend(Protocol):
             into: folder to write.
             scheme: one of `SCHEMES`.
             progress: called with the number of samples just done.
+            ranges: ranges.json of `metis.ranges`, for a backend that lets us choose them; the SDK
+                observes the samples itself and ignores it.
 
         Raises:
             BackendError: the tool refused; its own words are in the message.
