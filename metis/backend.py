@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -78,6 +78,7 @@ class CompiledModel:
     outputs: tuple[TensorSpec, ...]  # for one call
     preamble: str = ""  # ONNX in the folder: what the host does, in float, before the device input
     postamble: str = ""  # ONNX in the folder: what the host does, in float, after the device output
+    session: dict[str, str] = field(default_factory=dict)  # options for onnxruntime, by key
 
     def save(self) -> None:
         """Write spec.json."""

@@ -1,56 +1,152 @@
 """The backend that needs no SDK: int8 arithmetic of Metis, emulated on the host CPU.
 
-What follows documented facts of the SDK (1.2.5 to 1.8): int8 activations, asymmetric, one scale per
-tensor; int8 weights, symmetric, one scale per output channel, by min-max; device tensors in NHWC,
-padded, quantized by `clip(round(x / scale + zero_point), -128, 127)`.
-What we assume: int32 accumulation, requantization rounded half to even, input channels padded to a
-multiple of 4 and output channels to a multiple of 64.
-
-Whatever is measured on this backend is an emulation and is labelled `host-emulation`.
+What follows documented facts of the SDK (1.2.5 to 1.8), and what we assume, is listed in `FACTS`
+and `ASSUMPTIONS`; `kdpipe doctor` prints both. Whatever is measured on this backend is an emulation
+and is labelled `host-emulation`.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
 
+from metis import int8
 from metis.backend import SCHEMES, BackendError, CompiledModel, Probe, QuantizedModel
+from metis.folding import Parts, prepare, with_batch
+from metis.quantizer import UINT8_SHIFT, quantized_graph, watch
+from metis.ranges import RangeError, Ranges, choose
 from preprocessing.int8 import TensorSpec, dequantize, from_device, quantize, to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
+
+#: Documented, and followed.
+FACTS = (
+    "activations int8, asymmetric, one scale and zero point per tensor",
+    "weights int8, one scale per output channel, by min-max",
+    "hybrid scheme: inputs of depthwise convolutions per channel, by min-max",
+    "device tensors NHWC, padded with the zero point, clip(round(x / scale + zero_point))",
+    "non-linearities are lookup tables; ends that the chip can't run are run by the host in float",
+)
+
+#: Not documented; chosen as other int8 hardware does it.
+ASSUMPTIONS = (
+    "weights symmetric, codes -127 to 127; biases int32; sums int32",
+    "requantization with a float32 multiplier, half to even",
+    "element-wise operators are requantized to a scale of their own, pooling too",
+    "ranges of the histogram scheme minimize the squared error",
+    "input channels padded to a multiple of 4, output channels to a multiple of 64",
+    "tables have 256 entries and are exact (SDK 1.7 has 16 segments for HardSwish)",
+)
 
 INPUT_CHANNELS_MULTIPLE = 4
 OUTPUT_CHANNELS_MULTIPLE = 64
 
-#: Activations are stored as uint8 codes with the zero point moved by this much: the same arithmetic
-#: as int8, and the only storage for which onnxruntime fuses every convolution (onnxruntime 1.31).
-UINT8_SHIFT = 128
+#: Integer kernels that add up without saturating. Without this, CPUs that lack VNNI saturate 16-bit
+#: sums, and the loss that is reported is the CPU's, not the quantization's (onnxruntime's answer to
+#: its issue 14642).
+EXACT = {"session.x64quantprecision": "1"}
 
-_METHODS = {
-    "per_tensor_histogram": CalibrationMethod.Percentile,
-    "per_tensor_min_max": CalibrationMethod.MinMax,
+#: The same grid in float arithmetic: for per-channel activations, which onnxruntime's integer
+#: kernels can't take, and for CPUs whose kernels fail the self-test.
+SIMULATED = {"session.disable_quant_qdq": "1"}
+
+_OBSERVERS = {
+    "per_tensor_histogram": "mse",
+    "per_tensor_min_max": "min_max",
+    "hybrid_per_tensor_per_channel": "mse",
 }
+
+#: Frames per call of the host's int8 model.
+_BATCH = 64
+
+
+def observer_of(scheme: str) -> str:
+    """The observer of `metis.ranges` that stands for a scheme of the SDK."""
+    return _OBSERVERS[scheme]
+
+
+def arithmetic(scheme: str) -> tuple[str, Mapping[str, str]]:
+    """How int8 models of this scheme run on this CPU: in words, and as options for onnxruntime."""
+    if scheme.startswith("hybrid"):
+        return "float simulation of the int8 grid: activations per channel", SIMULATED
+    if not kernels_are_exact():
+        return "float simulation of the int8 grid: this CPU's int8 kernels failed the self-test", (
+            SIMULATED
+        )
+    return "int8 kernels, equal to int32 arithmetic in the self-test", EXACT
+
+
+@cache
+def kernels_are_exact() -> bool:
+    """Whether this CPU's integer kernels agree with plain int32 arithmetic."""
+    return self_test(EXACT)
+
+
+def self_test(options: Mapping[str, str]) -> bool:
+    """Run two convolutions at the ends of the range, and compare every bit with `metis.int8`."""
+    random = np.random.default_rng(0)
+    return all(
+        _convolution_agrees(random, kernel, frames, options)
+        for kernel in (1, 3)
+        for frames in (np.full((1, 96, 6, 6), 127), random.integers(-128, 128, (1, 96, 6, 6)))
+    )
+
+
+def _convolution_agrees(
+    random: np.random.Generator, kernel: int, q: NDArray[Any], options: Mapping[str, str]
+) -> bool:
+    weight = random.choice([-127, 127], (64, q.shape[1], kernel, kernel))
+    bias = random.integers(-(2**16), 2**16, 64)
+    pads = [kernel // 2] * 4
+    acc = int8.convolve(q, 0, weight, bias, pads=pads)
+    step = np.float32(np.abs(acc).max() / 127)
+    constants = {
+        "one": np.float32(1),
+        "middle": np.uint8(UINT8_SHIFT),
+        "w": weight.astype(np.int8),
+        "ones": np.ones(64, np.float32),
+        "w_zero": np.zeros(64, np.int8),
+        "b": bias.astype(np.int32),
+        "b_zero": np.zeros(64, np.int32),
+        "step": step,
+    }
+    make = helper.make_node
+    nodes = [
+        make("DequantizeLinear", ["codes", "one", "middle"], ["x"]),
+        make("DequantizeLinear", ["w", "ones", "w_zero"], ["w_float"], axis=0),
+        make("DequantizeLinear", ["b", "ones", "b_zero"], ["b_float"], axis=0),
+        make("Conv", ["x", "w_float", "b_float"], ["y"], pads=pads),
+        make("QuantizeLinear", ["y", "step", "middle"], ["made"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "self_test",
+        [helper.make_tensor_value_info("codes", TensorProto.UINT8, q.shape)],
+        [helper.make_tensor_value_info("made", TensorProto.UINT8, acc.shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = _session(model.SerializeToString(), options)
+    made = session.run(None, {"codes": (q + UINT8_SHIFT).astype(np.uint8)})[0]
+    return np.array_equal(
+        made.astype(np.int64) - UINT8_SHIFT, int8.requantize(acc, np.float32(1) / step, 0)
+    )
 
 
 class Emulator:
-    """Quantizes with onnxruntime's quantizer; "compiles" by giving the model device tensors."""
+    """Quantizes on the grid of Metis; "compiles" by giving the model device tensors."""
 
     name = "emulator"
 
@@ -66,31 +162,35 @@ class Emulator:
         *,
         scheme: str,
         progress: Callable[[int], object] = lambda n: None,
+        ranges: Path | None = None,
     ) -> QuantizedModel:
-        """Calibrate on the samples and write a QDQ graph with a free batch size. See `Backend`."""
+        """Write a QDQ graph with a free batch size; observe the samples where no ranges are given.
+
+        See `Backend`.
+        """
         if scheme not in SCHEMES:
             raise BackendError(f"the emulator has no scheme {scheme!r}; use {', '.join(SCHEMES)}")
+        parts = prepare(onnx.load(student))
+        try:
+            if ranges is not None:
+                chosen = Ranges.load(ranges)
+            else:
+                seen = watch(parts)
+                seen.add(np.load(samples, mmap_mode="r")[:, 0], progress)
+                chosen = choose(seen, observer_of(scheme))
+            return self.write(parts, chosen, into, scheme=scheme)
+        except RangeError as error:
+            raise BackendError(str(error)) from error
+
+    def write(self, parts: Parts, ranges: Ranges, into: Path, *, scheme: str) -> QuantizedModel:
+        """Write the int8 model of a prepared student; `into` must not exist."""
         into.mkdir(parents=True)
-        tensors = np.load(samples, mmap_mode="r")
-        float_model = onnx.load(student)
-        free = _with_batch(float_model, "N")
-        _check_same(float_model, free, np.asarray(tensors[: min(4, len(tensors))]))
-        free_path = into / "float.onnx"
-        onnx.save(free, free_path)
-        quantize_static(
-            str(free_path),
-            str(into / "model.onnx"),
-            _Samples(free.graph.input[0].name, tensors, progress),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=_METHODS[scheme],
-            # Without strides the histogram keeps every activation of every sample in memory.
-            extra_options={"CalibStridedMinMax": _stride(len(tensors))},
-        )
-        free_path.unlink()
-        inputs, outputs = _device_specs(onnx.load(into / "model.onnx"))
+        graph = quantized_graph(parts.core, ranges, scheme=scheme)
+        onnx.save(graph, into / "model.onnx")
+        for name, part in (("preamble", parts.preamble), ("postamble", parts.postamble)):
+            if part is not None:
+                onnx.save(part, into / f"{name}.onnx")
+        inputs, outputs = _device_specs(graph)
         made = QuantizedModel(
             path=into,
             entry="model.onnx",
@@ -104,17 +204,18 @@ class Emulator:
         return made
 
     def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run the QDQ graph with exact integer kernels. See `Backend`."""
-        session = _session(model.path / model.entry)
-        name = session.get_inputs()[0].name
-        spec = model.inputs[0]
+        """Run the QDQ graph, and the host's parts before and after it. See `Backend`."""
+        before, after = (
+            _session(model.path / name, {}) if (model.path / name).is_file() else None
+            for name in ("preamble.onnx", "postamble.onnx")
+        )
+        core = _session(model.path / model.entry, arithmetic(model.scheme)[1])
         logits = []
-        for batch in np.array_split(inputs, max(1, len(inputs) // 64)):
-            # onnxruntime rounds before it adds the zero point, the SDK after. Values that lie on
-            # the int8 grid already come out the same either way.
-            codes = quantize(batch, spec.scale, spec.zero_point)
-            on_grid = dequantize(codes, spec.scale, spec.zero_point)
-            logits.append(session.run(None, {name: on_grid})[0])
+        for batch in np.array_split(inputs, max(1, -(-len(inputs) // _BATCH))):
+            made = batch if before is None else _run(before, batch)
+            made = _run(core, _on_grid(made, model.inputs[0]))
+            made = made if after is None else _run(after, made)
+            logits.append(made.reshape(len(batch), -1))
         return np.concatenate(logits)
 
     def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
@@ -124,10 +225,15 @@ class Emulator:
             replace(spec, shape=(aipu_cores, *spec.shape[1:]))
             for spec in (model.inputs[0], model.outputs[0])
         )
-        graph = _with_batch(onnx.load(model.path / model.entry), aipu_cores)
+        graph = with_batch(onnx.load(model.path / model.entry), aipu_cores)
         lowered = _with_device_tensors(graph, inputs, outputs)
         onnx.checker.check_model(lowered)
         onnx.save(lowered, into / "model.onnx")
+        ends = {}
+        for end in ("preamble", "postamble"):
+            if (model.path / f"{end}.onnx").is_file():
+                shutil.copyfile(model.path / f"{end}.onnx", into / f"{end}.onnx")
+                ends[end] = f"{end}.onnx"
         made = CompiledModel(
             path=into,
             entry="model.onnx",
@@ -137,6 +243,8 @@ class Emulator:
             aipu_cores=aipu_cores,
             inputs=(inputs,),
             outputs=(outputs,),
+            session=dict(arithmetic(model.scheme)[1]),
+            **ends,
         )
         made.save()
         self._check_compiled(model, made)
@@ -149,84 +257,43 @@ class Emulator:
         ramp = np.linspace(-128, 127, n * channels * height * width, dtype=np.float32)
         tensor = (ramp.reshape(n, channels, height, width) - spec.zero_point) * spec.scale
         tensor = tensor.astype(np.float32)
-        session = _session(compiled.path / compiled.entry)
-        codes = session.run(None, {session.get_inputs()[0].name: to_device(tensor, spec)})[0]
+        codes = _run(
+            _session(compiled.path / compiled.entry, compiled.session), to_device(tensor, spec)
+        )
         logits = from_device(codes, compiled.outputs[0]).reshape(n, -1)
-        if not np.array_equal(logits, self.infer(model, tensor)):
+        core = _session(model.path / model.entry, arithmetic(model.scheme)[1])
+        expected = _run(core, _on_grid(tensor, model.inputs[0])).reshape(n, -1)
+        if not np.array_equal(logits, expected):
             raise BackendError(
                 "the compiled model does not reproduce the quantized model's logits; "
                 f"compare {model.entry} and {compiled.entry}"
             )
 
 
-class _Samples(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds calibration tensors, (N, 1, C, H, W), one at a time and in order."""
-
-    def __init__(
-        self, name: str, tensors: NDArray[np.float32], progress: Callable[[int], object]
-    ) -> None:
-        self._name = name
-        self._tensors = tensors
-        self._progress = progress
-        self._next, self._end = 0, len(tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self._next, self._end = start_index, end_index
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        if self._next >= self._end:
-            return None
-        self._next += 1
-        self._progress(1)
-        return {self._name: np.asarray(self._tensors[self._next - 1])}
+def _session(model: Path | bytes, options: Mapping[str, str]) -> ort.InferenceSession:
+    chosen = ort.SessionOptions()
+    chosen.log_severity_level = 3
+    for key, value in options.items():
+        chosen.add_session_config_entry(key, value)
+    return ort.InferenceSession(
+        model if isinstance(model, bytes) else str(model),
+        chosen,
+        providers=["CPUExecutionProvider"],
+    )
 
 
-def _stride(samples: int) -> int:
-    """The largest number up to 16 that divides the number of samples; the quantizer insists."""
-    return max(n for n in range(1, 17) if samples % n == 0)
+def _run(session: ort.InferenceSession, batch: NDArray[Any]) -> NDArray[Any]:
+    made: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    return made
 
 
-def _session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # Without this, CPUs that lack VNNI saturate 16-bit sums, and the loss that is reported is the
-    # CPU's, not the quantization's (onnxruntime's answer to its issue 14642).
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def _on_grid(tensor: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.float32]:
+    """Real values as the device input's codes carry them.
 
-
-def _with_batch(model: onnx.ModelProto, batch: int | str) -> onnx.ModelProto:
-    """A copy whose first dimension, everywhere, is `batch`: a number, or a name for a free one."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    for value in [*result.graph.input, *result.graph.output]:
-        dim = value.type.tensor_type.shape.dim[0]
-        if isinstance(batch, str):
-            dim.dim_param = batch
-        else:
-            dim.dim_value = batch
-    del result.graph.value_info[:]
-    targets = {node.input[1] for node in result.graph.node if node.op_type == "Reshape"}
-    for initializer in result.graph.initializer:
-        if initializer.name in targets:
-            shape = numpy_helper.to_array(initializer).copy()
-            if len(shape) and shape[0] == 1:
-                shape[0] = 0  # "as in the input", which is the batch
-                initializer.CopyFrom(numpy_helper.from_array(shape, initializer.name))
-    return result
-
-
-def _check_same(fixed: onnx.ModelProto, free: onnx.ModelProto, samples: NDArray[Any]) -> None:
-    one = ort.InferenceSession(fixed.SerializeToString(), providers=["CPUExecutionProvider"])
-    many = ort.InferenceSession(free.SerializeToString(), providers=["CPUExecutionProvider"])
-    name = one.get_inputs()[0].name
-    singles = np.concatenate([one.run(None, {name: sample})[0] for sample in samples])
-    together = many.run(None, {name: np.concatenate(list(samples))})[0]
-    if not np.allclose(singles, together, rtol=1e-4, atol=1e-4):
-        raise BackendError("the student's graph has its batch size of 1 built in; export it anew")
+    onnxruntime rounds before it adds the zero point, the SDK after. Values that lie on the int8
+    grid already come out the same either way.
+    """
+    return dequantize(quantize(tensor, spec.scale, spec.zero_point), spec.scale, spec.zero_point)
 
 
 def _ends(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, onnx.NodeProto]:
@@ -247,7 +314,7 @@ def _device_specs(model: onnx.ModelProto) -> tuple[TensorSpec, TensorSpec]:
     graph = model.graph
     first, last = _ends(graph)
     _, channels, height, width = (d.dim_value for d in graph.input[0].type.tensor_type.shape.dim)
-    classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    made = [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim][1:]
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
 
     def spec(
@@ -265,7 +332,12 @@ def _device_specs(model: onnx.ModelProto) -> tuple[TensorSpec, TensorSpec]:
 
     return (
         spec(first, graph.input[0].name, (height, width, channels), INPUT_CHANNELS_MULTIPLE),
-        spec(last, graph.output[0].name, (1, 1, classes), OUTPUT_CHANNELS_MULTIPLE),
+        spec(
+            last,
+            graph.output[0].name,
+            (*made[1:], made[0]) if len(made) == 3 else (1, 1, made[0]),
+            OUTPUT_CHANNELS_MULTIPLE,
+        ),
     )
 
 
@@ -315,11 +387,13 @@ def _device_to_codes(
 def _codes_to_device(
     spec: TensorSpec, codes: str
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """uint8 (N, classes) codes -> int8 (N, 1, 1, classes) padded with the zero point."""
+    """uint8 codes, (N, classes) or NCHW -> int8 NHWC padded with the zero point."""
+    n, height, width, channels = spec.unpadded
+    nchw = (n, channels, height, width)
     pads = np.array([p[0] for p in spec.padding] + [p[1] for p in spec.padding], np.int64)
     constants = [
         numpy_helper.from_array(np.array(UINT8_SHIFT, np.int32), "output_shift"),
-        numpy_helper.from_array(np.array(spec.unpadded, np.int64), "output_shape"),
+        numpy_helper.from_array(np.array(nchw, np.int64), "output_shape"),
         numpy_helper.from_array(pads, "output_pads"),
         numpy_helper.from_array(np.array(spec.zero_point, np.int32), "output_zero"),
     ]
@@ -327,7 +401,8 @@ def _codes_to_device(
     nodes = [
         make("Cast", [codes], ["codes_wide"], to=TensorProto.INT32),
         make("Sub", ["codes_wide", "output_shift"], ["codes_int8"]),
-        make("Reshape", ["codes_int8", "output_shape"], ["nhwc"]),
+        make("Reshape", ["codes_int8", "output_shape"], ["output_nchw"]),
+        make("Transpose", ["output_nchw"], ["nhwc"], perm=[0, 2, 3, 1]),
         make("Pad", ["nhwc", "output_pads", "output_zero"], ["padded"]),
         make("Cast", ["padded"], ["output_int8"], to=TensorProto.INT8),
     ]
