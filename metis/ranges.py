@@ -1,0 +1,386 @@
+"""Which real values the 256 codes of an activation stand for: observed in one pass, then chosen.
+
+The state of an observer is a histogram of fixed size, so memory does not grow with the samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from metis.folding import open_graph
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from onnxruntime import InferenceSession
+
+#: Bins over -2^k .. 2^k; when a value lies outside, k grows and pairs of bins are merged.
+BINS = 4096
+
+#: About as many values per tensor and sample are counted; extremes and means use all of them.
+COUNTED = 65_536
+
+#: A quantile cuts this fraction off each end of a tensor.
+PERCENTILE_CUT = 1e-4
+
+#: Fractions of the observed extreme that the searching observers try.
+_SHRINK = np.linspace(1.0, 0.1, 91)
+
+#: Bytes of activations that may be in memory at a time; a batch is as large as this allows.
+_ACTIVATIONS_BYTES = 64 << 20
+_MAX_BATCH = 32
+
+
+class RangeError(ValueError):
+    """A range is missing or impossible."""
+
+
+class Histogram:
+    """Counts of one tensor's values, its exact extremes, in 32 KB however many values come."""
+
+    def __init__(self) -> None:
+        self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
+        self.reach = 2.0**-16  # the bins cover -reach .. reach
+        self.lo = math.inf
+        self.hi = -math.inf
+
+    def add(self, batch: NDArray[np.float32]) -> None:
+        """Take in a batch, (N, ...)."""
+        values = batch.reshape(len(batch), -1)
+        counted = values[:, :: max(1, values.shape[1] // COUNTED) | 1]
+        self.lo = min(self.lo, float(values.min()))
+        self.hi = max(self.hi, float(values.max()))
+        while max(-self.lo, self.hi) >= self.reach:
+            self._double()
+        bins = (counted.ravel() + np.float32(self.reach)) * np.float32(BINS / 2 / self.reach)
+        self.counts += np.bincount(np.minimum(bins.astype(np.intp), BINS - 1), minlength=BINS)
+
+    def _double(self) -> None:
+        merged = self.counts.reshape(-1, 2).sum(axis=1)
+        self.counts = np.pad(merged, BINS // 4)
+        self.reach *= 2
+
+    @property
+    def centers(self) -> NDArray[np.float64]:
+        """Middle of every bin, (BINS,), kept inside what was seen."""
+        middle = (np.arange(BINS) + 0.5) * (2 * self.reach / BINS) - self.reach
+        return np.clip(middle, self.lo, self.hi)
+
+
+def grid(lo: float, hi: float) -> tuple[np.float32, int]:
+    """Scale and int8 zero point for the range lo..hi, which is widened to hold 0.
+
+    `scale = (hi - lo) / 255`, `zero_point = round(-128 - lo / scale)`; code -128 is lo, 127 is hi.
+
+    Raises:
+        RangeError: the range is not finite, or runs backwards.
+    """
+    lo, hi = min(lo, 0.0), max(hi, 0.0)
+    if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
+        raise RangeError(f"{lo} to {hi} is no range")
+    scale = np.float32((hi - lo) / 255)
+    if scale < np.finfo(np.float32).tiny:  # nothing but zeros was seen
+        return np.float32(1.0), -128
+    return scale, int(np.clip(np.rint(-128 - lo / float(scale)), -128, 127))
+
+
+def min_max(histogram: Histogram) -> tuple[float, float]:
+    """The exact extremes."""
+    return min(histogram.lo, 0.0), max(histogram.hi, 0.0)
+
+
+def percentile(histogram: Histogram) -> tuple[float, float]:
+    """Extremes without the outermost 0.01 % of the values at each end."""
+    below = np.cumsum(histogram.counts) / histogram.counts.sum()
+    lo = histogram.centers[np.searchsorted(below, PERCENTILE_CUT)]
+    hi = histogram.centers[np.searchsorted(below, 1 - PERCENTILE_CUT)]
+    return min(float(lo), 0.0), max(float(hi), 0.0)
+
+
+def mse(histogram: Histogram) -> tuple[float, float]:
+    """The range whose 256 codes represent the values with the least squared error."""
+    return _search(histogram, _squared_errors)
+
+
+def entropy(histogram: Histogram) -> tuple[float, float]:
+    """The range that loses least information: KL(values || values as 256 codes carry them).
+
+    Source:
+        Migacz 2017, "8-bit inference with TensorRT", on 4096 bins and for asymmetric ranges.
+    """
+    return _search(histogram, _divergences)
+
+
+OBSERVERS: dict[str, Callable[[Histogram], tuple[float, float]]] = {
+    "mse": mse,
+    "percentile": percentile,
+    "entropy": entropy,
+    "min_max": min_max,
+}
+
+_Cost = Callable[
+    ["NDArray[np.float64]", "NDArray[np.float64]", "NDArray[np.float64]", "NDArray[np.float64]"],
+    "NDArray[np.float64]",
+]
+
+
+def _search(histogram: Histogram, cost: _Cost) -> tuple[float, float]:
+    """Shrink each end by the fraction that costs least, in turns until both ends stay."""
+    used = np.flatnonzero(histogram.counts)
+    centers = histogram.centers[used]
+    counts = histogram.counts[used].astype(np.float64)
+    ends = list(min_max(histogram))
+    extremes = tuple(ends)
+    for _ in range(3):
+        before = tuple(ends)
+        for end in (0, 1):
+            if extremes[end] == 0:
+                continue
+            tried = _SHRINK * extremes[end]
+            lo, hi = (
+                (tried, np.full_like(tried, ends[1]))
+                if end == 0
+                else (np.full_like(tried, ends[0]), tried)
+            )
+            ends[end] = float(tried[int(np.argmin(cost(centers, counts, lo, hi)))])
+        if tuple(ends) == before or 0 in extremes:
+            break
+    return ends[0], ends[1]
+
+
+def _codes(
+    centers: NDArray[np.float64], lo: NDArray[np.float64], hi: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Code 0..255 of every value for every candidate, (candidates, values), and the steps."""
+    step = np.maximum((hi - lo) / 255, np.finfo(np.float32).tiny)[:, None]
+    zero = np.rint(-lo[:, None] / step)
+    return np.clip(np.rint(centers / step) + zero, 0, 255) - zero, step
+
+
+def _squared_errors(
+    centers: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    lo: NDArray[np.float64],
+    hi: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    codes, step = _codes(centers, lo, hi)
+    result: NDArray[np.float64] = np.square(codes * step - centers) @ counts
+    return result
+
+
+def _divergences(
+    centers: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    lo: NDArray[np.float64],
+    hi: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    share = counts / counts.sum()
+    codes, _ = _codes(centers, lo, hi)
+    result = np.empty(len(lo))
+    for i, row in enumerate(codes.astype(np.int64)):
+        cell = row - row[0]
+        # A code gives its whole share to the bins that it stands for, evenly; what was cut off
+        # weighs on the outermost code, where it does not belong.
+        inside = (centers >= lo[i] - 1e-12) & (centers <= hi[i] + 1e-12)
+        members = np.bincount(cell, weights=inside)
+        mass = np.bincount(cell, weights=share * inside)
+        spread = np.where(inside, (mass / np.maximum(members, 1))[cell], 0.0)
+        clipped = np.where(inside, share, 0.0)
+        first, last = np.flatnonzero(inside)[[0, -1]] if inside.any() else (0, -1)
+        clipped[first] += share[:first].sum()
+        clipped[last] += share[last + 1 :].sum() if last >= 0 else 0.0
+        spread = spread / max(spread.sum(), 1e-30)
+        known = clipped > 0
+        result[i] = float(
+            (clipped[known] * np.log(clipped[known] / np.maximum(spread[known], 1e-30))).sum()
+        )
+    return result
+
+
+class Observer:
+    """Watches the tensors of a float graph while it runs over samples, once."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        tensors: Iterable[str],
+        *,
+        means_of: Iterable[str] = (),
+        channels_of: Iterable[str] = (),
+        preamble: onnx.ModelProto | None = None,
+    ) -> None:
+        """Open the graph.
+
+        Args:
+            model: float32, with a free batch, one input.
+            tensors: whose values are counted; the graph's input may be among them.
+            means_of: tensors whose channel means are kept.
+            channels_of: tensors whose extremes are kept per channel.
+            preamble: a graph that the samples go through first.
+        """
+        self.samples = 0
+        self.histograms = {name: Histogram() for name in tensors}
+        self.channel_lo: dict[str, NDArray[np.float32]] = {}
+        self.channel_hi: dict[str, NDArray[np.float32]] = {}
+        self._sums: dict[str, Any] = dict.fromkeys(means_of, 0.0)
+        self._channels = set(channels_of)
+        self._input = model.graph.input[0].name
+        names = {*self.histograms, *self._sums, *self._channels}
+        self._outputs = sorted(names - {self._input})
+        self._session = _session_showing(model, self._outputs)
+        self._preamble = open_graph(preamble) if preamble is not None else None
+        self._batch = 1
+
+    def add(self, samples: NDArray[np.float32], progress: Callable[[int], object]) -> None:
+        """Run samples, float32 (N, C, H, W), in their order; calls progress with counts."""
+        start = 0
+        while start < len(samples):
+            fed = np.ascontiguousarray(samples[start : start + self._batch])
+            if self._preamble is not None:
+                fed = self._preamble.run(None, {self._preamble.get_inputs()[0].name: fed})[0]
+            made = self._session.run(self._outputs, {self._input: fed}) if self._outputs else []
+            bytes_each = sum(self._take(*pair) for pair in zip(self._outputs, made, strict=True))
+            bytes_each = (bytes_each + self._take(self._input, fed)) // len(fed)
+            self.samples += len(fed)
+            progress(len(fed))
+            start += len(fed)
+            self._batch = max(1, min(_MAX_BATCH, _ACTIVATIONS_BYTES // max(1, bytes_each)))
+
+    def means(self, tensor: str) -> NDArray[np.float64]:
+        """Mean of every channel over all samples and positions, (C,)."""
+        result: NDArray[np.float64] = self._sums[tensor] / self.samples
+        return result
+
+    def _take(self, name: str, array: NDArray[np.float32]) -> int:
+        if name in self.histograms:
+            self.histograms[name].add(array)
+        if name in self._sums or name in self._channels:
+            rows = array.reshape(*array.shape[:2], -1)
+            if name in self._sums:
+                even = np.full(rows.shape[2], 1 / rows.shape[2], np.float32)
+                self._sums[name] += (rows @ even).sum(axis=0, dtype=np.float64)
+            if name in self._channels:
+                lo, hi = rows.min(axis=(0, 2)), rows.max(axis=(0, 2))
+                self.channel_lo[name] = np.minimum(self.channel_lo.get(name, lo), lo)
+                self.channel_hi[name] = np.maximum(self.channel_hi.get(name, hi), hi)
+        return array.nbytes
+
+
+def _session_showing(model: onnx.ModelProto, tensors: Iterable[str]) -> InferenceSession:
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.output[:]
+    for name in tensors:
+        shown.graph.output.add(name=name)
+    return open_graph(shown)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The real values that the codes of one tensor span."""
+
+    lo: float
+    hi: float
+    observer: str  # a name in OBSERVERS, or "given"
+    seen: tuple[float, float]  # extremes in the calibration set
+    channels: tuple[tuple[float, float], ...] = ()  # (lo, hi) per channel: a depthwise input
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """ranges.json: what calibration chose; to be read, edited and used again."""
+
+    samples: int
+    tensors: Mapping[str, Range]
+
+    def save(self, path: Path) -> None:
+        """Write the file."""
+        raw = {"schema": 1, **asdict(self)}
+        path.write_text(json.dumps(raw, indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Ranges:
+        """Read the file.
+
+        Raises:
+            RangeError: it is not such a file; says which tensor is wrong.
+        """
+        try:
+            raw = json.loads(path.read_text())
+            tensors = {name: _range(name, entry) for name, entry in raw["tensors"].items()}
+            return Ranges(samples=int(raw["samples"]), tensors=tensors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RangeError):
+                raise
+            raise RangeError(f"{path.name} is no file of ranges: {error!r}") from error
+
+    def of(self, tensor: str) -> Range:
+        """The range of one tensor.
+
+        Raises:
+            RangeError: it has none.
+        """
+        if tensor not in self.tensors:
+            raise RangeError(f"no range for tensor {tensor!r}; is the file of another student?")
+        return self.tensors[tensor]
+
+
+def _range(name: str, raw: Mapping[str, Any]) -> Range:
+    found = Range(
+        lo=float(raw["lo"]),
+        hi=float(raw["hi"]),
+        observer=str(raw["observer"]),
+        seen=(float(raw["seen"][0]), float(raw["seen"][1])),
+        channels=tuple((float(lo), float(hi)) for lo, hi in raw["channels"]),
+    )
+    for lo, hi in ((found.lo, found.hi), *found.channels):
+        if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
+            raise RangeError(f"tensor {name!r}: lo {lo:g} and hi {hi:g} are no range")
+    return found
+
+
+def choose(
+    seen: Observer, observer: str, overrides: Mapping[str, str | tuple[float, float]] | None = None
+) -> Ranges:
+    """A range for every tensor whose values were counted.
+
+    Args:
+        seen: the pass over the samples.
+        observer: a name in OBSERVERS.
+        overrides: by tensor name or pattern (`*conv_dw*`): another observer, or (lo, hi). The
+            last pattern that fits counts.
+
+    Raises:
+        RangeError: an override fits no tensor, or is no range.
+    """
+    left = dict(overrides or {})
+    tensors = {}
+    for name, histogram in seen.histograms.items():
+        how: str | tuple[float, float] = observer
+        for pattern, wanted in (overrides or {}).items():
+            if fnmatchcase(name, pattern):
+                how = wanted
+                left.pop(pattern, None)
+        lo, hi = OBSERVERS[how](histogram) if isinstance(how, str) else how
+        grid(lo, hi)  # refuses what is no range
+        extremes = (float(histogram.lo), float(histogram.hi))
+        channels: tuple[tuple[float, float], ...] = ()
+        if name in seen.channel_lo:
+            pairs = zip(seen.channel_lo[name], seen.channel_hi[name], strict=True)
+            channels = tuple((float(a), float(b)) for a, b in pairs)
+        word = how if isinstance(how, str) else "given"
+        tensors[name] = Range(float(lo), float(hi), word, extremes, channels)
+    if left:
+        raise RangeError(
+            f"{next(iter(left))!r} fits no tensor of the student; it has {', '.join(tensors)}"
+        )
+    return Ranges(samples=seen.samples, tensors=tensors)
