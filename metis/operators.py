@@ -113,7 +113,7 @@ def read_graph(model: onnx.ModelProto) -> Graph:
 def count_macs(model: onnx.ModelProto) -> int:
     """Multiply-accumulates of one inference: convolutions and matrix products."""
     graph = read_graph(model)
-    return sum(_macs(Node(graph, proto)) for proto in graph.nodes)
+    return sum(node_macs(Node(graph, proto)) for proto in graph.nodes)
 
 
 def _report(node: Node) -> NodeReport:
@@ -130,7 +130,7 @@ def _report(node: Node) -> NodeReport:
         name=proto.name or proto.output[0],
         op_type=proto.op_type,
         shape=node.graph.shape(proto.output[0]) or (),
-        macs=_macs(node),
+        macs=node_macs(node),
         verdict=verdict,
         rule=RULES[proto.op_type][0] if proto.op_type in RULES else words,
         reason="; ".join(f.reason for f in findings),
@@ -140,7 +140,8 @@ def _report(node: Node) -> NodeReport:
     )
 
 
-def _macs(node: Node) -> int:
+def node_macs(node: Node) -> int:
+    """Multiply-accumulates of one node; 0 where a shape is not fixed."""
     op_type = node.proto.op_type
     try:
         if op_type == "Conv":  # (M, C / group, kH, kW): per output value, one kernel
