@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx
 
 from metis.operator_graph import Node, UnknownShapeError
-from metis.operator_rules import RULES, Finding, in_its_place, is_dense, shifted_by_3
+from metis.operator_rules import RULES, Finding, in_its_place, is_dense, keeps_order, shifted_by_3
 
 #: Listed, but for places that no classifier of ours has: judged like those that are not listed.
 ELSEWHERE = {
@@ -56,12 +56,10 @@ def _global_pool(node: Node) -> str:
     return "global pool" if node.attribute("keepdims", 1) or in_its_place(node) else ""
 
 
-def _keeps_order(node: Node) -> bool:
-    return list(node.attribute("perm") or ()) == list(range(len(node.shape())))
-
-
 def _nothing_dropped(node: Node) -> str:
-    return "identity" if not node.has(2) or node.scalar(2) == 0 else ""
+    masks = node.proto.output[1:]
+    read = any(node.graph.readers(mask) or mask in node.graph.outputs for mask in masks)
+    return "identity" if not read and (not node.has(2) or node.scalar(2) == 0) else ""
 
 
 _RESCUES: dict[str, Callable[[Node], str]] = {
@@ -70,7 +68,7 @@ _RESCUES: dict[str, Callable[[Node], str]] = {
     "Identity": lambda _: "identity",
     "MatMul": lambda node: "gemm" if is_dense(node) else "",
     "ReduceMean": _global_pool,
-    "Transpose": lambda node: "identity" if _keeps_order(node) else "",
+    "Transpose": lambda node: "identity" if keeps_order(node) else "",
 }
 _ADVICE = {
     "ArgMax": "leave it to the host program",

@@ -194,14 +194,25 @@ def _conv_transpose(node: Node) -> Findings:
 
 
 def in_its_place(node: Node) -> bool:
-    """Whether a Gemm, or nothing on the chip, reads it."""
-    readers = node.graph.readers(node.proto.output[0])
+    """Whether a Gemm, what becomes one, or nothing on the chip reads it."""
     return all(
-        reader.op_type == "Gemm"
-        or node.graph.on_host(reader)
-        or (reader.op_type in ("Identity", "Dropout") and in_its_place(Node(node.graph, reader)))
-        for reader in readers
+        proto.op_type == "Gemm" or node.graph.on_host(proto) or _passes(Node(node.graph, proto))
+        for proto in node.graph.readers(node.proto.output[0])
     )
+
+
+def _passes(reader: Node) -> bool:
+    """Whether a reader is a dense layer, or is removed and read by one."""
+    if reader.proto.op_type == "MatMul":
+        return is_dense(reader)
+    removed = reader.proto.op_type in ("Identity", "Dropout") or keeps_order(reader)
+    return removed and in_its_place(reader)
+
+
+def keeps_order(node: Node) -> bool:
+    """Whether it is a Transpose that does nothing."""
+    perm = list(node.attribute("perm") or ())
+    return node.proto.op_type == "Transpose" and perm == list(range(len(node.shape())))
 
 
 @_rule("Flatten", "in particular places such as before a Gemm or at the end; axis 0 or more")
@@ -236,7 +247,7 @@ def _max_pool(node: Node) -> Findings:
         yield Finding("storage_order is 1", rewrite="storage order" if unread else "")
 
 
-def _is_channelwise(other: Shape, of: Shape) -> bool:
+def is_channelwise(other: Shape, of: Shape) -> bool:
     """Whether `other` broadcasts over the map `of` as a scalar or as [1, C, 1, 1]."""
     padded = (1,) * (4 - len(other)) + other
     return padded in ((1, 1, 1, 1), (1, of[1], 1, 1))
@@ -258,7 +269,7 @@ def _with_map(node: Node, *, scalar_on_one_channel: bool) -> Findings:
             return
         if of[1] != 1 and partner == (1, of[1], 1, 1):
             return
-        if node.is_fixed(other) and _is_channelwise(partner, of):
+        if node.is_fixed(other) and is_channelwise(partner, of):
             cure = "operand shape"
     yield Finding(f"the shapes are {list(shapes[0])} and {list(shapes[1])}", rewrite=cure)
 

@@ -36,7 +36,7 @@ class NodeReport:
     rule: str = ""  # as the vendor's page has it, in few words
     reason: str = ""  # how it breaks the rule, why it is on the host, or what is uncertain
     cure: str = ""
-    rewrites: tuple[str, ...] = ()  # names in REWRITES that cure it completely
+    rewrites: tuple[str, ...] = ()  # names in REWRITES that bring it to the chip
     curable: bool = False  # it is refused, and `rewrites` make it pass
 
     def line(self) -> str:
@@ -125,7 +125,7 @@ def _report(node: Node) -> NodeReport:
         verdict = "host edge"
     words = ELSEWHERE.get(proto.op_type, UNLISTED)
     cures = dict.fromkeys(REWRITES[f.rewrite] if f.rewrite else f.cure for f in findings)
-    curable = verdict == "refused" and all(f.rewrite for f in broken)
+    cured = bool(broken) and all(f.rewrite for f in broken)
     return NodeReport(
         name=proto.name or proto.output[0],
         op_type=proto.op_type,
@@ -135,8 +135,8 @@ def _report(node: Node) -> NodeReport:
         rule=RULES[proto.op_type][0] if proto.op_type in RULES else words,
         reason="; ".join(f.reason for f in findings),
         cure="; ".join(cure for cure in cures if cure),
-        rewrites=tuple(dict.fromkeys(f.rewrite for f in broken)) if curable else (),
-        curable=curable,
+        rewrites=tuple(dict.fromkeys(f.rewrite for f in broken)) if cured else (),
+        curable=verdict == "refused" and cured,
     )
 
 
@@ -180,5 +180,5 @@ def _whole(
             yield refuse(value.name, "the shape is not fixed", "export with fixed shapes")
         elif shape and shape[0] != 1:
             yield refuse(value.name, f"batch {shape[0]}", "export with batch 1", shape=shape)
-    if nodes and not any(n.verdict == "chip" or n.curable for n in nodes):
+    if nodes and not any(n.verdict == "chip" or n.rewrites for n in nodes):
         yield refuse("nodes", "nothing in it is for the chip", "choose another network")

@@ -1,0 +1,129 @@
+"""A copy of an ONNX graph that is being rewritten, and runs of whole graphs and single nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from metis.operator_graph import Node
+from metis.operators import read_graph
+
+Array = NDArray[Any]
+
+
+class Draft:
+    """A copy of a model that is being rewritten, and the graph as it was before."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(model)
+        self.graph = read_graph(model)
+        self.nodes = list(self.model.graph.node)
+        self._computed: dict[str, Array] = {}
+        self._names = {t.name for t in model.graph.initializer} | {
+            name for node in model.graph.node for name in node.output
+        }
+
+    def view(self, node: onnx.NodeProto) -> Node:
+        """A node with what can be asked of it."""
+        return Node(self.graph, node)
+
+    def finished(self) -> onnx.ModelProto:
+        """The model with its new nodes, without those that nobody reads any more."""
+        graph = self.model.graph
+        alive: list[onnx.NodeProto] = []
+        read = {value.name for value in graph.output}
+        for node in reversed(self.nodes):
+            if read.intersection(node.output):
+                alive.append(node)
+                read.update(_reads(node))
+        kept = [tensor for tensor in graph.initializer if tensor.name in read]
+        dropped = {tensor.name for tensor in graph.initializer} - read
+        inputs = [value for value in graph.input if value.name not in dropped]
+        del graph.node[:], graph.initializer[:], graph.input[:], graph.value_info[:]
+        graph.node.extend(reversed(alive))
+        graph.initializer.extend(kept)
+        graph.input.extend(inputs)
+        return self.model
+
+    def replace(self, node: onnx.NodeProto, *others: onnx.NodeProto) -> None:
+        """Put nodes in the place of one."""
+        index = next(i for i, known in enumerate(self.nodes) if known is node)
+        self.nodes[index : index + 1] = others
+
+    def constant(self, near: str, array: Array) -> str:
+        """Add an initializer under a new name."""
+        name = self.free_name(near)
+        self.model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    def free_name(self, near: str) -> str:
+        """A name for a tensor that no other has."""
+        name, number = near, 0
+        while name in self._names:
+            number += 1
+            name = f"{near}_{number}"
+        self._names.add(name)
+        return name
+
+    def value(self, name: str) -> Array:
+        """The value of a tensor that is a constant, or is computed from nothing else."""
+        if name not in self._computed:
+            constant = self.graph.constant(name)
+            if constant is None:
+                self._compute(self.graph.maker[name])
+            else:
+                self._computed[name] = constant
+        return self._computed[name]
+
+    def _compute(self, node: onnx.NodeProto) -> None:
+        if node.op_type == "Shape":  # of a tensor whose shape is fixed, not its values
+            shape = np.array(self.graph.shape(node.input[0]), np.int64)
+            view = self.view(node)
+            self._computed[node.output[0]] = shape[
+                view.attribute("start", 0) : view.attribute("end")
+            ]
+            return
+        inputs = {name: self.value(name) for name in node.input if name}
+        answers = run_node(node, inputs, self.model)
+        self._computed.update(zip((name for name in node.output if name), answers, strict=True))
+
+
+def run_node(
+    node: onnx.NodeProto, inputs: Mapping[str, Array], model: onnx.ModelProto
+) -> list[Array]:
+    """What one node of a model gives for these inputs, by onnxruntime."""
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [],
+        [onnx.ValueInfoProto(name=name) for name in node.output if name],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in inputs.items()],
+    )
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return list(open_plain(alone).run(None, {}))
+
+
+def open_plain(model: onnx.ModelProto) -> ort.InferenceSession:
+    """An onnxruntime session that runs the graph as it is written, node by node."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # what goes wrong comes as an exception
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads; branches and loops read more than their inputs."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _reads(inner)
