@@ -29,18 +29,21 @@ def requantize(acc: Array, multiplier: Array | np.float32, zero: int) -> Array:
     factor = np.asarray(multiplier, np.float32)
     if factor.ndim == 1:
         factor = factor.reshape(-1, *[1] * (acc.ndim - 2))
-    return np.clip(np.rint(acc.astype(np.float32) * factor) + zero, -128, 127).astype(np.int64)
+    codes: Array = np.clip(np.rint(acc.astype(np.float32) * factor) + zero, -128, 127)
+    return codes.astype(np.int64)
 
 
 def quantize(x: Array, scale: float, zero: int) -> Array:
     """Real values to codes, `clip(rint(x / scale) + zero, -128, 127)`."""
     steps = np.rint(np.asarray(x, np.float32) / np.float32(scale))
-    return np.clip(steps + zero, -128, 127).astype(np.int64)
+    codes: Array = np.clip(steps + zero, -128, 127)
+    return codes.astype(np.int64)
 
 
 def dequantize(q: Array, scale: float, zero: int) -> Array:
     """Codes to float32."""
-    return (q - zero).astype(np.float32) * np.float32(scale)
+    real: Array = (q - zero).astype(np.float32) * np.float32(scale)
+    return real
 
 
 def convolve(

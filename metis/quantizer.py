@@ -431,10 +431,12 @@ def _lost(
 ) -> NDArray[Any]:
     """Mean per output channel that the missing part `dw` of the weights would have added."""
     if node.op_type == "Gemm":
-        return dw.astype(np.float64) @ means
+        result: NDArray[Any] = dw.astype(np.float64) @ means
+        return result
     taps = dw.astype(np.float64).sum(axis=(2, 3))
     if node.op_type == "ConvTranspose":  # weights are (in, out, kh, kw); the chip has no groups
-        return means @ taps
+        result = means @ taps
+        return result
     group = attributes_of(node).get("group", 1)
     per_group = means.reshape(group, -1)
     parts = taps.reshape(group, -1, taps.shape[1])

@@ -35,6 +35,9 @@ PERCENTILE_CUT = 1e-4
 #: Fractions of the observed extreme that the searching observers try.
 _SHRINK = np.linspace(1.0, 0.1, 91)
 
+#: Occupied bins that the entropy observer leaves inside a range, a few for each code.
+_LEAST_BINS = 512
+
 #: Bytes of activations that may be in memory at a time; a batch is as large as this allows.
 _ACTIVATIONS_BYTES = 64 << 20
 _MAX_BATCH = 32
@@ -115,7 +118,8 @@ def entropy(histogram: Histogram) -> tuple[float, float]:
     """The range that loses least information: KL(values || values as 256 codes carry them).
 
     Source:
-        Migacz 2017, "8-bit inference with TensorRT", on 4096 bins and for asymmetric ranges.
+        Migacz 2017, "8-bit inference with TensorRT", on 4096 bins, for asymmetric ranges, and
+        without the spikes at 0 and at the ends, which drove it to absurdly small ranges.
     """
     return _search(histogram, _divergences)
 
@@ -183,26 +187,41 @@ def _divergences(
     lo: NDArray[np.float64],
     hi: NDArray[np.float64],
 ) -> NDArray[np.float64]:
+    counts = _without_spikes(centers, counts)
     share = counts / counts.sum()
     codes, _ = _codes(centers, lo, hi)
-    result = np.empty(len(lo))
+    result = np.full(len(lo), np.inf)
     for i, row in enumerate(codes.astype(np.int64)):
-        cell = row - row[0]
-        # A code gives its whole share to the bins that it stands for, evenly; what was cut off
-        # weighs on the outermost code, where it does not belong.
         inside = (centers >= lo[i] - 1e-12) & (centers <= hi[i] + 1e-12)
+        if i and inside.sum() < _LEAST_BINS:
+            continue  # with a bin or less for every code nothing is lost, by construction
+        # A code gives its share to the bins that it stands for, evenly. What was cut off weighs on
+        # the outermost bins, where the codes have nothing to set against it.
+        cell = row - row[0]
         members = np.bincount(cell, weights=inside)
         mass = np.bincount(cell, weights=share * inside)
-        spread = np.where(inside, (mass / np.maximum(members, 1))[cell], 0.0)
-        clipped = np.where(inside, share, 0.0)
-        first, last = np.flatnonzero(inside)[[0, -1]] if inside.any() else (0, -1)
-        clipped[first] += share[:first].sum()
-        clipped[last] += share[last + 1 :].sum() if last >= 0 else 0.0
-        spread = spread / max(spread.sum(), 1e-30)
-        known = clipped > 0
-        result[i] = float(
-            (clipped[known] * np.log(clipped[known] / np.maximum(spread[known], 1e-30))).sum()
-        )
+        carried = np.where(inside, (mass / np.maximum(members, 1))[cell], 0.0)
+        first, last = np.flatnonzero(inside)[[0, -1]]
+        target = np.where(inside, share, 0.0)
+        target[first] += share[:first].sum()
+        target[last] += share[last + 1 :].sum()
+        known = target > 0
+        ratio = target[known] / np.maximum(carried[known] / carried.sum(), 1e-30)
+        result[i] = float((target[known] * np.log(ratio)).sum())
+    return result
+
+
+def _without_spikes(
+    centers: NDArray[np.float64], counts: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Counts in which 0 and the ends, where a Relu or a Clip heaps values up, are like others.
+
+    Codes stand for these exactly, so no information is lost there, whatever the range.
+    """
+    result = counts.copy()
+    typical = np.median(counts)
+    for spike in {int(np.abs(centers).argmin()), 0, len(counts) - 1}:
+        result[spike] = min(result[spike], typical)
     return result
 
 

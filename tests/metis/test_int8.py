@@ -1,0 +1,288 @@
+"""The emulator against plain int32 arithmetic: every operator, whole networks, every bit."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from integer_network import run
+from metis import emulator, int8
+from metis.folding import prepare
+from metis.quantizer import quantized_graph, watch
+from metis.ranges import choose
+
+RANDOM = np.random.default_rng
+
+
+def student(nodes, shape, constants, out_rank=4):
+    """A float graph from `input` to `logits`."""
+    graph = helper.make_graph(
+        nodes,
+        "student",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, *shape])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [None] * out_rank)],
+        [numpy_helper.from_array(v, n) for n, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def weights(random, *shape):
+    return random.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape).astype(np.float32)
+
+
+def int8_graph(model, frames, observer="min_max", scheme="per_tensor_min_max"):
+    parts = prepare(model)
+    seen = watch(parts)
+    seen.add(frames, lambda n: None)
+    return quantized_graph(parts.core, choose(seen, observer), scheme=scheme)
+
+
+def session(model, options=emulator.EXACT, threads=1):
+    chosen = ort.SessionOptions()
+    chosen.intra_op_num_threads = threads
+    chosen.log_severity_level = 3
+    for key, value in options.items():
+        chosen.add_session_config_entry(key, value)
+    return ort.InferenceSession(model.SerializeToString(), chosen, ["CPUExecutionProvider"])
+
+
+def on_grid(model, frames):
+    """Frames as the first quantizer carries them; see DECISIONS 11."""
+    constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    first = model.graph.node[0]
+    scale, zero = constants[first.input[1]], int(constants[first.input[2]])
+    codes = np.clip(np.rint(frames / scale) + zero, 0, 255)
+    return ((codes - zero) * scale).astype(np.float32)
+
+
+def assert_bit_exact(model, frames, observer="min_max"):
+    quantized = int8_graph(model, frames, observer)
+    fed = on_grid(quantized, frames)
+    found = session(quantized).run(None, {"input": fed})[0]
+    expected = run(quantized, fed)
+    assert len(np.unique(expected)) > 10  # not all saturated
+    assert np.array_equal(found.reshape(expected.shape), expected)
+
+
+CONVOLUTIONS = {
+    "3x3 stem, stride 2": (3, 32, 3, 1, 2),
+    "1x1 wide": (192, 32, 1, 1, 1),
+    "1x1 very wide": (1152, 64, 1, 1, 1),
+    "3x3": (64, 64, 3, 1, 1),
+    "depthwise 3x3": (48, 48, 3, 48, 1),
+    "depthwise 5x5, stride 2": (48, 48, 5, 48, 2),
+    "grouped": (64, 64, 3, 4, 1),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions(name, bias):
+    channels, out, kernel, group, stride = CONVOLUTIONS[name]
+    random = RANDOM(len(name))
+    # Full range everywhere: what saturates in 16 bit would show here.
+    w = random.choice([-1.0, 1.0], (out, channels // group, kernel, kernel))
+    w = (w * random.uniform(0.9, 1, (out, 1, 1, 1))).astype(np.float32)
+    constants = {"w": w, **({"b": weights(random, out) * 50} if bias else {})}
+    node = helper.make_node(
+        "Conv",
+        ["input", "w", "b"] if bias else ["input", "w"],
+        ["logits"],
+        group=group,
+        pads=[kernel // 2] * 4,
+        strides=[stride, stride],
+    )
+    frames = random.choice([-1.0, 1.0], (4, channels, 9, 9)).astype(np.float32)
+    frames[::2] = random.uniform(-1, 1.7, frames[::2].shape)
+    assert_bit_exact(student([node], (channels, 9, 9), constants), frames)
+
+
+@pytest.mark.parametrize(
+    "kind", ["HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "LeakyRelu", "Relu"]
+)
+@pytest.mark.parametrize("reach", [0.7, 4.0, 11.0])
+def test_tables(kind, reach):
+    """Every one of the 256 codes."""
+    options = {"alpha": 1 / 6, "beta": 0.5} if kind == "HardSigmoid" else {}
+    node = helper.make_node(kind, ["input"], ["logits"], **options)
+    frames = np.linspace(-reach, 1.3 * reach, 4 * 256, dtype=np.float32).reshape(4, 4, 8, 8)
+    assert_bit_exact(student([node], (4, 8, 8), {}), frames)
+
+
+@pytest.mark.parametrize("kind", ["Add", "Mul"])
+@pytest.mark.parametrize("partner", ["tensor", "channels", "scalar"])
+def test_element_wise(kind, partner):
+    random = RANDOM(3)
+    shape = {"channels": (1, 6, 1, 1), "scalar": ()}.get(partner)
+    nodes = [helper.make_node(kind, ["input", "other"], ["logits"])]
+    constants = {"other": np.asarray(random.normal(1, 1, shape or (1,)), np.float32)}
+    if partner == "tensor":
+        nodes.insert(0, helper.make_node("HardSwish", ["input"], ["other"]))
+        constants = {}
+    frames = random.normal(0, 2, (5, 6, 7, 7)).astype(np.float32)
+    assert_bit_exact(student(nodes, (6, 7, 7), constants), frames)
+
+
+def network(seed, channels=8, side=12, classes=7):
+    """Stem, inverted residual with squeeze and excite, concat, pool, classifier."""
+    random = RANDOM(seed)
+    c, wide = channels, 3 * channels
+    constants = {
+        "w1": weights(random, c, 3, 3, 3),
+        "b1": weights(random, c),
+        "w2": weights(random, wide, c, 1, 1),
+        "b2": weights(random, wide),
+        "w3": weights(random, wide, 1, 3, 3),
+        "b3": weights(random, wide),
+        "w4": weights(random, c, wide, 1, 1),
+        "b4": weights(random, c),
+        "w5": weights(random, c, wide, 1, 1),
+        "b5": weights(random, c),
+        "w6": weights(random, wide, c, 1, 1),
+        "w7": weights(random, classes, 2 * c),
+        "b7": weights(random, classes),
+    }
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["input", "w1", "b1"], ["c1"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        make("HardSwish", ["c1"], ["a1"]),
+        make("Conv", ["a1", "w2", "b2"], ["c2"]),
+        make("Relu", ["c2"], ["a2"]),
+        make("Conv", ["a2", "w3", "b3"], ["c3"], pads=[1, 1, 1, 1], group=wide),
+        make("Clip", ["c3", "zero", "six"], ["a3"]),
+        make("GlobalAveragePool", ["a3"], ["pooled"]),
+        make("Conv", ["pooled", "w5", "b5"], ["c5"]),
+        make("Relu", ["c5"], ["a5"]),
+        make("Conv", ["a5", "w6"], ["c6"]),
+        make("HardSigmoid", ["c6"], ["gate"], alpha=1 / 6, beta=0.5),
+        make("Mul", ["a3", "gate"], ["gated"]),
+        make("Conv", ["gated", "w4", "b4"], ["c4"]),
+        make("Add", ["c4", "a1"], ["sum"]),
+        make("Concat", ["sum", "a1"], ["both"], axis=1),
+        make("MaxPool", ["both"], ["small"], kernel_shape=[2, 2], strides=[2, 2]),
+        make("GlobalAveragePool", ["small"], ["mean"]),
+        make("Flatten", ["mean"], ["flat"]),
+        make("Gemm", ["flat", "w7", "b7"], ["logits"], transB=1),
+    ]
+    constants |= {"zero": np.float32(0), "six": np.float32(6)}
+    constants = {n: np.asarray(v) for n, v in constants.items()}
+    return student(nodes, (3, side, side), constants, out_rank=2)
+
+
+@pytest.mark.parametrize("observer", ["min_max", "mse", "percentile", "entropy"])
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_networks(seed, observer):
+    frames = RANDOM(seed + 9).normal(0, 1.5, (16, 3, 12, 12)).astype(np.float32)
+    assert_bit_exact(network(seed), frames, observer)
+
+
+def test_threads_and_batches_change_no_bit():
+    frames = RANDOM(1).normal(0, 1.5, (24, 3, 12, 12)).astype(np.float32)
+    quantized = int8_graph(network(0), frames)
+    fed = on_grid(quantized, frames)
+    results = {
+        (threads, batch): np.concatenate(
+            [
+                session(quantized, threads=threads).run(None, {"input": fed[i : i + batch]})[0]
+                for i in range(0, 24, batch)
+            ]
+        ).tobytes()
+        for threads in (1, 2)
+        for batch in (1, 8, 24)
+    }
+    assert len(set(results.values())) == 1
+
+
+def test_every_convolution_runs_as_an_integer_kernel(tmp_path):
+    """A graph that onnxruntime would not fuse would pass for slow floats."""
+    frames = RANDOM(1).normal(0, 1.5, (4, 3, 12, 12)).astype(np.float32)
+    quantized = int8_graph(network(0), frames)
+    chosen = ort.SessionOptions()
+    chosen.log_severity_level = 3
+    for key, value in emulator.EXACT.items():
+        chosen.add_session_config_entry(key, value)
+    chosen.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(quantized.SerializeToString(), chosen, ["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 6
+    assert "Conv" not in kinds
+    assert "Gemm" not in kinds
+
+
+def test_a_saturating_kernel_fails_the_self_test():
+    """onnxruntime's default kernels saturate where the CPU lacks VNNI; the test must see that."""
+    assert emulator.self_test(emulator.EXACT)
+    if any(word in Path("/proc/cpuinfo").read_text() for word in ("vnni", "amx")):
+        pytest.skip("this CPU does not saturate")
+    assert not emulator.self_test({})
+
+
+def test_the_self_test_sees_one_wrong_code(monkeypatch):
+    def nearly(acc, multiplier, zero, right=int8.requantize):
+        codes = right(acc, multiplier, zero)
+        codes.flat[7] -= 1
+        return codes
+
+    monkeypatch.setattr(int8, "requantize", nearly)
+    assert not emulator.self_test(emulator.EXACT)
+
+
+def test_a_wrong_kernel_falls_back_to_the_float_simulation(monkeypatch):
+    monkeypatch.setattr(emulator, "kernels_are_exact", lambda: False)
+    words, options = emulator.arithmetic("per_tensor_histogram")
+    assert "failed the self-test" in words
+    frames = RANDOM(1).normal(0, 1.5, (8, 3, 12, 12)).astype(np.float32)
+    quantized = int8_graph(network(0), frames)
+    fed = on_grid(quantized, frames)
+    simulated = session(quantized, options).run(None, {"input": fed})[0]
+    exact = session(quantized).run(None, {"input": fed})[0]
+    step = np.diff(np.unique(exact)).min()
+    assert np.abs(simulated - exact).max() <= 4 * step
+    assert (simulated.argmax(1) == exact.argmax(1)).all()
+
+
+def test_a_dead_channel_does_not_overflow():
+    """Weights that vanish and a bias that does not: its code would need 2^43."""
+    random = RANDOM(2)
+    w, b = weights(random, 8, 4, 1, 1), weights(random, 8)
+    w[3], b[3] = 1e-12, 5.0
+    w[4], b[4] = 0.0, -2.0
+    node = helper.make_node("Conv", ["input", "w", "b"], ["logits"])
+    model = student([node], (4, 6, 6), {"w": w, "b": b})
+    frames = random.normal(size=(8, 4, 6, 6)).astype(np.float32)
+    quantized = int8_graph(model, frames)
+    found = session(quantized).run(None, {"input": on_grid(quantized, frames)})[0]
+    constants = {i.name: numpy_helper.to_array(i) for i in quantized.graph.initializer}
+    step = float(constants["logits/scale"])
+    assert np.abs(found[:, 3] - 5.0).max() <= step
+    assert np.abs(found[:, 4] + 2.0).max() <= step
+    assert_bit_exact(model, frames)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    channels=st.integers(1, 40),
+    out=st.integers(1, 24),
+    kernel=st.sampled_from([1, 3, 5]),
+    stride=st.sampled_from([1, 2]),
+    spread=st.floats(0.01, 100),
+    shift=st.floats(-3, 3),
+)
+def test_any_convolution(seed, channels, out, kernel, stride, spread, shift):
+    random = RANDOM(seed)
+    node = helper.make_node(
+        "Conv", ["input", "w", "b"], ["logits"], pads=[kernel // 2] * 4, strides=[stride, stride]
+    )
+    constants = {"w": weights(random, out, channels, kernel, kernel), "b": weights(random, out)}
+    frames = ((random.normal(size=(3, channels, 8, 8)) + shift) * spread).astype(np.float32)
+    model = student([node], (channels, 8, 8), constants)
+    quantized = int8_graph(model, frames)
+    fed = on_grid(quantized, frames)
+    assert np.array_equal(session(quantized).run(None, {"input": fed})[0], run(quantized, fed))
