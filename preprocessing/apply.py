@@ -59,12 +59,18 @@ def teacher_tensor(
     Returns:
         float32, (N, C, H', W'), in standard deviations when z-scoring is on.
     """
-    if zscore is None:
-        values = _affine(patches, scaling, 1.0, 0.0)
-    else:
-        sigma = np.array(zscore.sigma, np.float64)
-        values = _affine(patches, scaling, 1.0 / sigma, -np.array(zscore.mu, np.float64) / sigma)
-    return to_nchw(resize_float(values, size_hw, interpolation))
+    gain: float | NDArray[np.float64] = 1.0
+    offset: float | NDArray[np.float64] = 0.0
+    if zscore is not None:
+        sigma = np.array(zscore.sigma, np.float64)[:, None, None]
+        gain, offset = 1.0 / sigma, -np.array(zscore.mu, np.float64)[:, None, None] / sigma
+    count, height, width, channels = patches.shape
+    tensor = np.empty((count, channels, height, width), np.float32)
+    for part in _blocks(count, tensor[:1].size):
+        values = tensor[part]
+        values[...] = patches[part].astype(np.float32).transpose(0, 3, 1, 2)
+        _apply_affine(values, scaling, gain, offset)
+    return resize_float(tensor, size_hw, interpolation, axes=(2, 3))
 
 
 def _affine(
@@ -74,14 +80,23 @@ def _affine(
     offset: float | NDArray[np.float64],
 ) -> NDArray[np.float32]:
     """`scaled * gain + offset` as one float32 multiply-add per value."""
+    values = patches.astype(np.float32)  # a copy, so the caller's patches stay as they are
+    _apply_affine(values, rule, gain, offset)
+    return values
+
+
+def _apply_affine(
+    values: NDArray[np.float32],
+    rule: Scaling,
+    gain: float | NDArray[np.float64],
+    offset: float | NDArray[np.float64],
+) -> None:
+    """`scaled * gain + offset`, in place."""
     if rule.type == "clip_linear":
         lo, hi = (np.float32(v) for v in rule.src_range)
-        values = np.clip(patches.astype(np.float32), lo, hi)
-    else:
-        values = patches.astype(np.float32)  # a copy, so the caller's patches stay as they are
+        np.clip(values, lo, hi, out=values)
     values *= np.asarray(gain * rule.gain, np.float32)
     values += np.asarray(gain * rule.offset + offset, np.float32)
-    return values
 
 
 def encode(
@@ -210,21 +225,26 @@ def resize(
 
 
 def resize_float(
-    images: NDArray[np.float32], size_hw: tuple[int, int], interpolation: str
+    images: NDArray[np.float32],
+    size_hw: tuple[int, int],
+    interpolation: str,
+    *,
+    axes: tuple[int, int] = (1, 2),
 ) -> NDArray[np.float32]:
     """Resize float images: nearest or bilinear at half-pixel centers, without antialiasing.
 
     Args:
-        images: float32, (N, H, W, C).
+        images: float32, (N, H, W, C), or of any other order that `axes` describes.
         size_hw: the new height and width.
         interpolation: "nearest" or "bilinear".
+        axes: those of height and width.
 
     Returns:
-        float32, (N, H', W', C).
+        float32, (N, H', W', C), or in the order given.
     """
     if interpolation == "nearest":
-        return _resize_nearest(images, (1, 2), size_hw, False)
-    for axis, size in zip((1, 2), size_hw, strict=True):
+        return _resize_nearest(images, axes, size_hw, False)
+    for axis, size in zip(axes, size_hw, strict=True):
         old = images.shape[axis]
         if old == size:
             continue
