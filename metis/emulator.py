@@ -8,8 +8,9 @@ and is labelled `host-emulation`.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from metis.ranges import RangeError, Ranges, choose
 from preprocessing.int8 import TensorSpec, dequantize, from_device, quantize, to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -205,18 +206,15 @@ class Emulator:
 
     def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the QDQ graph, and the host's parts before and after it. See `Backend`."""
-        before, after = (
-            _session(model.path / name, {}) if (model.path / name).is_file() else None
-            for name in ("preamble.onnx", "postamble.onnx")
-        )
+
+        def host(name: str) -> list[Step]:
+            path = model.path / name
+            return [partial(_run, _session(path, {}))] if path.is_file() else []
+
         core = _session(model.path / model.entry, arithmetic(model.scheme)[1])
-        logits = []
-        for batch in np.array_split(inputs, max(1, -(-len(inputs) // _BATCH))):
-            made = batch if before is None else _run(before, batch)
-            made = _run(core, _on_grid(made, model.inputs[0]))
-            made = made if after is None else _run(after, made)
-            logits.append(made.reshape(len(batch), -1))
-        return np.concatenate(logits)
+        on_grid: Step = partial(_on_grid, spec=model.inputs[0])
+        run: Step = partial(_run, core)
+        return _in_batches([*host("preamble.onnx"), on_grid, run, *host("postamble.onnx")], inputs)
 
     def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
         """Give the model the tensors of a device: int8, NHWC, padded. See `Backend`."""
@@ -285,6 +283,56 @@ def _session(model: Path | bytes, options: Mapping[str, str]) -> ort.InferenceSe
 def _run(session: ort.InferenceSession, batch: NDArray[Any]) -> NDArray[Any]:
     made: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: batch})[0]
     return made
+
+
+Step = Callable[["NDArray[np.float32]"], "NDArray[np.float32]"]
+
+
+def run_graphs(
+    graphs: Sequence[tuple[onnx.ModelProto | None, Mapping[str, str]]],
+    frames: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Run graphs with a free batch one after the other, without a file.
+
+    Args:
+        graphs: each with its options for onnxruntime; None is passed over.
+        frames: float32 (N, C, H, W).
+
+    Returns:
+        Logits, float32 (N, classes).
+    """
+    steps = [
+        partial(_run, _session(graph.SerializeToString(), options))
+        for graph, options in graphs
+        if graph is not None
+    ]
+    return _in_batches(steps, frames)
+
+
+def int8_logits(
+    parts: Parts, graph: onnx.ModelProto, scheme: str, frames: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What `Emulator.infer` gives for this int8 graph of the core, without a file."""
+    options = arithmetic(scheme)[1]
+    steps: list[Step] = [
+        partial(_on_grid, spec=_device_specs(graph)[0]),
+        partial(_run, _session(graph.SerializeToString(), options)),
+    ]
+    if parts.preamble is not None:
+        steps.insert(0, partial(_run, _session(parts.preamble.SerializeToString(), {})))
+    if parts.postamble is not None:
+        steps.append(partial(_run, _session(parts.postamble.SerializeToString(), {})))
+    return _in_batches(steps, frames)
+
+
+def _in_batches(steps: Sequence[Step], frames: NDArray[np.float32]) -> NDArray[np.float32]:
+    logits = []
+    for batch in np.array_split(frames, max(1, -(-len(frames) // _BATCH))):
+        made = batch
+        for step in steps:
+            made = step(made)
+        logits.append(made.reshape(len(batch), -1))
+    return np.concatenate(logits)
 
 
 def _on_grid(tensor: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.float32]:

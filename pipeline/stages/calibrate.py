@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from hashlib import sha256
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
 from metis.backend import backend_tools, open_backend, require_backend
-from pipeline.stage import Facts, Gate, InputError, Job, Stage, same_as_field, unkeyed_field
+from pipeline.stage import (
+    Facts,
+    Gate,
+    InputError,
+    Job,
+    Stage,
+    path_field,
+    same_as_field,
+    unkeyed_field,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from pathlib import Path
 
-    from pipeline.splits import DatasetSplit
+    from metis.ranges import Ranges
+    from pipeline.calibration import Calibrated, Recipe
+    from preprocessing.contract import StudentInput
+
+Observer = Literal["mse", "percentile", "entropy", "min_max"]
 
 
 @dataclass(frozen=True)
@@ -24,110 +35,169 @@ class CalibrateParams:
     """How to quantize."""
 
     samples: Annotated[int, Meta(ge=2, le=2000)] = 200  # the range that the SDK accepts
-    scheme: Literal["per_tensor_histogram", "per_tensor_min_max"] = "per_tensor_histogram"
+    scheme: Literal[
+        "per_tensor_histogram", "per_tensor_min_max", "hybrid_per_tensor_per_channel"
+    ] = "per_tensor_histogram"
+    observer: Observer | None = None  # of the emulator; null: mse, or min_max with that scheme
+    ranges: dict[str, Observer | tuple[float, float]] = field(default_factory=dict)  # by tensor
+    ranges_file: str | None = path_field(None)  # a ranges.json to use instead of observing
+    bias_correction: bool = True  # biases make up for the rounding of weights
+    equalization: bool = False  # move scale between layers first
+    weight_clipping: bool = False  # cut weights where that rounds better
+    sensitivity: Annotated[int, Meta(ge=0)] = 64  # validation patches for it; 0: leave it out
     backend: Literal["emulator", "voyager"] | None = same_as_field("compile.backend")
     max_int8_loss: Annotated[float, Meta(gt=0)] = unkeyed_field(1.0)  # points of top-1
 
 
-def run(job: Job, params: CalibrateParams) -> Facts:
-    """Write the calibration set and the int8 model; compare it with the float student."""
-    import numpy as np
+def recipe_of(params: CalibrateParams) -> Recipe:
+    """The parameters that decide how a float student becomes int8."""
+    from pipeline.calibration import Recipe
 
-    from pipeline.parity import compare_int8
-    from pipeline.splits import DatasetSplit, class_histogram
-    from preprocessing.apply import student_tensor
-    from preprocessing.contract import StudentInput, load_contract
+    return Recipe(
+        scheme=params.scheme,
+        observer=params.observer,
+        overrides=params.ranges,
+        bias_correction=params.bias_correction,
+        equalization=params.equalization,
+        weight_clipping=params.weight_clipping,
+    )
+
+
+def sources(params: CalibrateParams, root: Path) -> dict[str, Path]:
+    """The file of ranges, if one is given."""
+    return {"ranges": root / params.ranges_file} if params.ranges_file else {}
+
+
+def run(job: Job, params: CalibrateParams) -> Facts:
+    """Write calibration set, baked student and int8 model; compare them with the float student."""
+    import numpy as np
+    import onnx
+
+    from pipeline.calibration import suggestions, watched
+    from preprocessing.contract import StudentInput
 
     given = StudentInput.load(job.inputs["student_input"])
+    described = _write_set(job, params, given)
+    samples = job.outputs["calibration_set"] / "samples.npy"
+    recipe = recipe_of(params)
+    with job.progress("watch activations", len(np.load(samples, mmap_mode="r"))) as bar:
+        calibrated = watched(job.inputs["student"], samples, recipe, bar.update)
+    ranges = _ranges(job, calibrated, recipe)
+    onnx.save(calibrated.baked(recipe, ranges), job.outputs["baked_student"])
+    ranges.save(job.outputs["ranges"])
+    facts = {"calibration": described, **_quantized(job, params, samples, given)}
+    facts.update(_examined(job, params, calibrated, ranges, given))
+    operators = {node.op_type for node in calibrated.parts.core.graph.node}
+    facts["suggestions"] = suggestions(facts, recipe, operators)
+    for words in facts["suggestions"]:
+        job.warn(words)
+    return facts
+
+
+def _write_set(job: Job, params: CalibrateParams, given: StudentInput) -> dict[str, Any]:
+    from pipeline.calibration_set import choose_samples, write_samples
+    from pipeline.splits import DatasetSplit
+    from preprocessing.contract import load_contract
+
     classes = len(load_contract(job.inputs["contract"]).labels)
     train = DatasetSplit.load(job.inputs["dataset"] / "train")
-    chosen = choose_samples(train, params.samples, classes, job.seed)
-    samples = student_tensor(train.images[chosen], given)[:, None]
+    choice = choose_samples(train, params.samples, classes, job.seed)
+    for words in choice.warnings(train, job.facts["ingest"]["leaks"]):
+        job.warn(words)
     folder = job.outputs["calibration_set"]
     folder.mkdir()
-    np.save(folder / "samples.npy", samples)
-    calibration = {
-        "split": "train",
-        "samples": len(chosen),
-        "classes": class_histogram(train.labels[chosen], classes),
-        "rows": train.rows[chosen].tolist(),
-        "sha256": sha256(samples.tobytes()).hexdigest(),
-    }
-    (folder / "samples.json").write_text(json.dumps(calibration) + "\n")
+    described = write_samples(folder / "samples.npy", train, choice, given, classes)
+    (folder / "samples.json").write_text(json.dumps(described) + "\n")
+    return {name: value for name, value in described.items() if name != "rows"}
 
+
+def _ranges(job: Job, calibrated: Calibrated, recipe: Recipe) -> Ranges:
+    from metis.ranges import RangeError, Ranges
+
+    if "ranges" not in job.sources:
+        return calibrated.ranges(recipe)
+    try:
+        given = Ranges.load(job.sources["ranges"])
+        for tensor in calibrated.seen.histograms:
+            given.of(tensor)
+    except RangeError as error:
+        raise InputError(f"calibrate.ranges_file: {error}") from error
+    return given
+
+
+def _quantized(
+    job: Job, params: CalibrateParams, samples: Path, given: StudentInput
+) -> dict[str, Any]:
+    """The backend's int8 model; with the SDK, the emulator's figures beside the SDK's own."""
+    from metis.emulator import arithmetic
+    from pipeline.calibration import emulated
+    from pipeline.parity import compare_int8
+    from pipeline.splits import DatasetSplit
+
+    val = DatasetSplit.load(job.inputs["dataset"] / "val")
     backend = open_backend(str(params.backend))
-    with job.progress("calibrate", len(chosen)) as bar:
+    with job.progress(f"quantize with {backend.name}", params.samples) as bar:
         model = backend.quantize(
-            job.inputs["student"],
-            folder / "samples.npy",
+            job.outputs["baked_student"],
+            samples,
             job.outputs["quantized_model"],
             scheme=params.scheme,
             progress=bar.update,
+            ranges=job.outputs["ranges"],
         )
-    val = DatasetSplit.load(job.inputs["dataset"] / "val")
-    del calibration["rows"]  # they are in samples.json
-    return {
+    facts: dict[str, Any] = {
         "backend": model.backend,
         "backend_version": model.version,
         "scheme": model.scheme,
-        "calibration": calibration,
+        "arithmetic": arithmetic(params.scheme)[0],
         **compare_int8(job.inputs["student"], model, given, val),
     }
+    if backend.name != "emulator":
+        files = job.outputs["baked_student"], job.outputs["ranges"]
+        with emulated(*files, params.scheme) as other:
+            facts["emulator"] = compare_int8(job.inputs["student"], other, given, val)
+    return facts
 
 
-def choose_samples(train: DatasetSplit, count: int, classes: int, seed: int) -> NDArray[np.int64]:
-    """Draw training samples, every class in its share and no image twice, in a random fixed order.
-
-    Args:
-        train: the training split.
-        count: how many.
-        classes: number of classes.
-        seed: of the choice and the order.
-
-    Returns:
-        Indices into the split, int64, (count,).
-
-    Raises:
-        InputError: there are not as many different images.
-    """
+def _examined(
+    job: Job,
+    params: CalibrateParams,
+    calibrated: Calibrated,
+    ranges: Ranges,
+    given: StudentInput,
+) -> dict[str, Any]:
+    """Other ways to quantize, and single layers."""
     import numpy as np
 
-    random = np.random.default_rng(seed)
-    seen: set[bytes] = set()
-    queues: list[list[int]] = []
-    for label in range(classes):
-        members = random.permutation(np.flatnonzero(train.labels == label))
-        queue = []
-        for index in members.tolist():
-            # The SDK's deploy script stops when two of the first images are the same.
-            content = train.images[index].tobytes()
-            if content not in seen:
-                seen.add(content)
-                queue.append(index)
-        queues.append(queue)
-    total = sum(map(len, queues))
-    if total < count:
-        raise InputError(
-            f"calibrate.samples is {count}, but the training split has only {total} different "
-            "images; ask for fewer"
-        )
-    shares = _shares([len(queue) for queue in queues], count)
-    chosen = [index for queue, share in zip(queues, shares, strict=True) for index in queue[:share]]
-    return random.permutation(np.array(chosen, np.int64))
+    from pipeline import calibration
+    from pipeline.reference import reference_logits
+    from pipeline.splits import DatasetSplit
+    from preprocessing.apply import student_tensor
 
-
-def _shares(sizes: list[int], count: int) -> list[int]:
-    """Divide `count` in proportion to `sizes`, by largest remainders; at least one where it can."""
-    total = sum(sizes)
-    exact = [count * size / total for size in sizes]
-    shares = [min(size, max(int(share), 1)) for size, share in zip(sizes, exact, strict=True)]
-    order = sorted(range(len(sizes)), key=lambda i: exact[i] - int(exact[i]), reverse=True)
-    while sum(shares) != count:
-        step = 1 if sum(shares) < count else -1
-        for i in order if step > 0 else reversed(order):
-            if sum(shares) != count and 0 <= shares[i] + step <= sizes[i]:
-                shares[i] += step
-    return shares
+    recipe = recipe_of(params)
+    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    frames, labels = student_tensor(val.images, given), np.asarray(val.labels)
+    exact = reference_logits(job.inputs["student"], frames)
+    samples = job.outputs["calibration_set"] / "samples.npy"
+    facts: dict[str, Any] = {
+        "host_operators": calibrated.parts.host_operators,
+        "variants": calibration.variants(
+            calibrated, recipe, job.inputs["student"], samples, (frames, exact, labels)
+        ),
+    }
+    few = np.unique(np.linspace(0, len(labels) - 1, params.sensitivity).round().astype(int))
+    if len(few):
+        with job.progress("layers one by one", calibrated.layers) as bar:
+            found = calibration.sensitivity(
+                job.outputs["baked_student"],
+                ranges,
+                params.scheme,
+                frames[few],
+                labels[few],
+                bar.update,
+            )
+        facts["worst_layers"] = found[: calibration.WORST]
+    return facts
 
 
 def gates(params: CalibrateParams, facts: Facts) -> list[Gate]:
@@ -138,7 +208,7 @@ def gates(params: CalibrateParams, facts: Facts) -> list[Gate]:
     verdict = "passed" if high <= limit else "failed" if low > limit else "undecided"
     advice = {
         "passed": "",
-        "failed": "; try the other calibrate.scheme, more calibrate.samples, or another student",
+        "failed": "; `kdpipe status --why calibrate` and the report say what to try",
         "undecided": f"; {facts['n_val']} validation patches are too few to decide: use more, or "
         "raise calibrate.max_int8_loss",
     }
@@ -159,10 +229,17 @@ def ready(params: CalibrateParams) -> None:
 
 STAGE = Stage(
     inputs=("contract", "student_input", "dataset", "student"),
-    outputs={"calibration_set": "calibration_set", "quantized_model": "quantized_model"},
+    outputs={
+        "calibration_set": "calibration_set",
+        "baked_student": "student_baked.onnx",
+        "ranges": "ranges.json",
+        "quantized_model": "quantized_model",
+    },
     params=CalibrateParams,
     run=run,
+    sources=sources,
     gates=gates,
     ready=ready,
     tools=lambda params: backend_tools(str(params.backend)),
+    code_version=2,
 )

@@ -1,41 +1,65 @@
 import numpy as np
 import pytest
 
+from pipeline.calibration_set import choose_samples
 from pipeline.splits import DatasetSplit
 from pipeline.stage import InputError
-from pipeline.stages.calibrate import CalibrateParams, choose_samples, gates
+from pipeline.stages.calibrate import CalibrateParams, gates
 
 
 def split(counts, duplicates=0):
     labels = np.concatenate([np.full(n, i) for i, n in enumerate(counts)])
-    images = np.arange(len(labels)).repeat(12).reshape(-1, 2, 2, 3).astype(np.uint8)
-    images[:duplicates] = 0
+    images = np.arange(1, len(labels) + 1).repeat(12).reshape(-1, 2, 2, 3).astype(np.uint8)
+    images[:, 0, 0, 0] ^= 0x80
+    images[:duplicates] = images[0]
     return DatasetSplit(images=images, labels=labels, rows=np.arange(len(labels)))
 
 
 def test_every_class_has_its_share_in_a_fixed_order():
     train = split([100, 60, 40])
-    chosen = choose_samples(train, 20, 3, seed=0)
+    chosen = choose_samples(train, 20, 3, seed=0).indices
     assert np.bincount(train.labels[chosen]).tolist() == [10, 6, 4]
     assert len(set(chosen.tolist())) == 20
-    assert np.array_equal(chosen, choose_samples(train, 20, 3, seed=0))
-    assert not np.array_equal(chosen, choose_samples(train, 20, 3, seed=1))
+    assert np.array_equal(chosen, choose_samples(train, 20, 3, seed=0).indices)
+    assert not np.array_equal(chosen, choose_samples(train, 20, 3, seed=1).indices)
     assert not np.array_equal(chosen, np.sort(chosen))
 
 
 def test_a_rare_class_is_there_too_and_few_samples_are_few():
     train = split([180, 2, 0, 18])
-    chosen = choose_samples(train, 20, 4, seed=0)
+    chosen = choose_samples(train, 20, 4, seed=0).indices
     histogram = np.bincount(train.labels[chosen], minlength=4)
     assert histogram.sum() == 20
     assert histogram[1] >= 1
     assert histogram[2] == 0
-    assert len(choose_samples(train, 2, 4, seed=0)) == 2
+    assert len(choose_samples(train, 2, 4, seed=0).indices) == 2
+
+
+def test_a_patch_of_one_color_is_left_out_by_name():
+    train = split([30, 30])
+    train.images[[4, 7]] = (9, 8, 7)
+    choice = choose_samples(train, 50, 2, seed=0)
+    assert not {4, 7} & set(choice.indices.tolist())
+    (words,) = choice.warnings(train, [])
+    assert words.startswith("2 training patches are one color all over")
+    assert words.endswith("rows 4, 7")
+
+
+def test_patches_cut_by_the_encoding_and_patches_of_the_test_split_are_named():
+    train = split([30, 30])
+    train.images[5] = 255
+    train.images[5, 0, 0] = 3
+    choice = choose_samples(train, 60, 2, seed=0)
+    leak = {"one": "train", "other": "test", "pairs": [(11, 2), (12, 3)], "count": 2}
+    unrelated = {"one": "train", "other": "val", "pairs": [(20, 2)], "count": 1}
+    saturated, leaked = choice.warnings(train, [leak, unrelated])
+    assert "encoding's range (0 or 255): rows 5; see ingest.student.encoding" in saturated
+    assert leaked == "calibration patches that are in test too: rows 11, 12"
 
 
 def test_no_image_is_taken_twice():
     train = split([30, 30], duplicates=11)
-    chosen = choose_samples(train, 50, 2, seed=0)
+    chosen = choose_samples(train, 50, 2, seed=0).indices
     contents = {train.images[i].tobytes() for i in chosen}
     assert len(contents) == 50
     with pytest.raises(

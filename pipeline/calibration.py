@@ -1,0 +1,250 @@
+"""Float student to int8 on the emulator: what each choice costs, which layers, what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from metis.backend import SCHEMES
+from metis.emulator import Emulator, arithmetic, int8_logits, observer_of, run_graphs
+from metis.equalization import equalized
+from metis.folding import Parts, prepare
+from metis.quantizer import baked, compute_nodes, place, quantized_graph, watch
+from metis.ranges import RangeError, Ranges, choose
+from pipeline.metrics import agreement, sqnr_db, top1
+from pipeline.stage import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from metis.backend import QuantizedModel
+    from metis.ranges import Observer
+
+#: Layers that the report names.
+WORST = 10
+
+#: Below this many samples the observed extremes are a matter of luck.
+_FEW_SAMPLES = 100
+
+#: Channel ranges of depthwise inputs need more varied samples than tensor ranges do.
+_HYBRID_SAMPLES = 300
+
+#: Points of top-1 from which a loss, or a gain, is worth a word.
+_WORTH = 0.5
+
+#: A layer that alone keeps less than this, in dB, is worth a word.
+_LOUD_DB = 25.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a float student becomes int8."""
+
+    scheme: str
+    observer: str | None = None  # None: the scheme's
+    overrides: Mapping[str, str | tuple[float, float]] | None = None
+    bias_correction: bool = True
+    equalization: bool = False
+    weight_clipping: bool = False
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A float student whose tensors have been watched."""
+
+    parts: Parts
+    seen: Observer
+    pairs: int  # of layers that equalization moved scale between
+
+    def ranges(self, recipe: Recipe) -> Ranges:
+        """The ranges of a recipe.
+
+        Raises:
+            InputError: an override does not fit.
+        """
+        observer = recipe.observer or observer_of(recipe.scheme)
+        try:
+            return choose(self.seen, observer, recipe.overrides)
+        except RangeError as error:
+            raise InputError(f"calibrate.ranges: {error}") from error
+
+    def baked(self, recipe: Recipe, ranges: Ranges) -> onnx.ModelProto:
+        """The float student that is handed to whoever quantizes."""
+        return baked(
+            self.parts,
+            self.seen,
+            ranges,
+            correct_bias=recipe.bias_correction,
+            clip_weights=recipe.weight_clipping,
+        )
+
+    @property
+    def layers(self) -> int:
+        """How many operators have weights."""
+        return sum(1 for _ in compute_nodes(self.parts.core))
+
+
+def watched(
+    student: Path, samples: Path, recipe: Recipe, progress: Callable[[int], object]
+) -> Calibrated:
+    """One pass over the samples, (N, 1, C, H, W); memory does not grow with N."""
+    parts, pairs = prepare(onnx.load(student)), 0
+    if recipe.equalization:
+        moved, pairs = equalized(parts.student)
+        parts = prepare(moved)
+    seen = watch(parts)
+    seen.add(np.load(samples, mmap_mode="r")[:, 0], progress)
+    return Calibrated(parts, seen, pairs)
+
+
+@contextmanager
+def emulated(student: Path, ranges: Path, scheme: str) -> Iterator[QuantizedModel]:
+    """The emulator's int8 model of a float student, in a folder that does not stay."""
+    with TemporaryDirectory(prefix="kdpipe-") as folder:
+        into = Path(folder) / "int8"
+        yield Emulator().write(
+            prepare(onnx.load(student)), Ranges.load(ranges), into, scheme=scheme
+        )
+
+
+def figures(
+    exact: NDArray[np.float32], int8: NDArray[np.float32], labels: NDArray[np.int64]
+) -> dict[str, Any]:
+    """What a row of a table says about int8 logits beside the float ones."""
+    return {
+        "top1": top1(int8, labels),
+        "agreement": agreement(exact, int8),
+        "sqnr_db": sqnr_db(exact, int8),
+        "n": len(labels),
+        "measured_on": "host-emulation",
+    }
+
+
+def variants(
+    calibrated: Calibrated,
+    recipe: Recipe,
+    student: Path,
+    samples: Path,
+    validation: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]],
+) -> list[dict[str, Any]]:
+    """The recipe, the same under the other schemes, and the same without each of its options.
+
+    Args:
+        calibrated: of the recipe.
+        recipe: as it is used.
+        student: the float student, to watch it once more where the recipe equalizes.
+        samples: the calibration set.
+        validation: tensors, float32 (N, C, H, W), the float student's logits, and labels.
+
+    Returns:
+        Per variant its name and its figures. What an option gains is the first row less its row.
+    """
+    frames, exact, labels = validation
+    tried = {"as configured": recipe}
+    for scheme in SCHEMES:
+        if scheme != recipe.scheme:
+            tried[f"scheme {scheme}"] = replace(recipe, scheme=scheme, observer=None)
+    if recipe.bias_correction:
+        tried["without bias correction"] = replace(recipe, bias_correction=False)
+    if recipe.weight_clipping:
+        tried["without weight clipping"] = replace(recipe, weight_clipping=False)
+    if recipe.equalization:
+        tried["without equalization"] = replace(recipe, equalization=False)
+    rows = []
+    for name, how in tried.items():
+        source = calibrated
+        if recipe.equalization and not how.equalization:
+            source = watched(student, samples, how, lambda n: None)
+        ranges = source.ranges(how)
+        parts = prepare(source.baked(how, ranges))
+        graph = quantized_graph(parts.core, ranges, scheme=how.scheme)
+        int8 = int8_logits(parts, graph, how.scheme, frames)
+        rows.append({"name": name, "scheme": how.scheme, **figures(exact, int8, labels)})
+    return rows
+
+
+def sensitivity(
+    student: Path,
+    ranges: Ranges,
+    scheme: str,
+    frames: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    progress: Callable[[int], object] = lambda n: None,
+) -> list[dict[str, Any]]:
+    """Every layer with weights, when it alone is int8, the one that loses most first.
+
+    Args:
+        student: the float student.
+        ranges: of its tensors.
+        scheme: as in `quantized_graph`.
+        frames: float32 (N, C, H, W).
+        labels: their classes.
+        progress: called with 1 per layer.
+
+    Returns:
+        Per layer: name of its tensor, operator, SQNR of the logits in dB, top-1, agreement.
+    """
+    parts = prepare(onnx.load(student))
+    options = arithmetic(scheme)[1]
+    exact = _logits(parts, parts.core, {}, frames)
+    rows = []
+    for node in compute_nodes(parts.core):
+        alone = quantized_graph(parts.core, ranges, scheme=scheme, only={node.output[0]})
+        found = _logits(parts, alone, options, frames)
+        row = {"layer": node.output[0], "operator": node.op_type, **figures(exact, found, labels)}
+        row["depthwise"] = node.input[0] in place(parts.core).depthwise
+        rows.append(row)
+        progress(1)
+    return sorted(rows, key=lambda row: np.inf if row["sqnr_db"] is None else row["sqnr_db"])
+
+
+def _logits(
+    parts: Parts, core: onnx.ModelProto, options: Mapping[str, str], frames: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    return run_graphs([(parts.preamble, {}), (core, options), (parts.postamble, {})], frames)
+
+
+def suggestions(facts: Mapping[str, Any], recipe: Recipe, operators: Collection[str]) -> list[str]:
+    """What a user could try, in words; empty where nothing speaks for a change.
+
+    Args:
+        facts: of calibrate.
+        recipe: as it is used.
+        operators: kinds of the nodes of the student.
+    """
+    words = []
+    used, *others = facts["variants"]
+    samples = facts["calibration"]["samples"]
+    best = max(others, key=lambda row: row["top1"])
+    gain = 100 * (best["top1"] - used["top1"])
+    if gain > _WORTH and best["name"].startswith("scheme"):
+        words.append(
+            f"calibrate.scheme: {best['scheme']} keeps {gain:.2f} points more on validation"
+        )
+    if samples < _FEW_SAMPLES:
+        words.append(f"calibrate.samples: {samples} are few; 100 to 400 are usual")
+    if recipe.scheme.startswith("hybrid") and samples < _HYBRID_SAMPLES:
+        words.append(
+            f"hybrid with {samples} samples: channels that never fire in calibration clip later; "
+            f"use {_HYBRID_SAMPLES} varied patches or a per_tensor scheme"
+        )
+    loss = facts["int8_loss_points"]
+    if loss > _WORTH:
+        if "HardSwish" in operators:
+            words.append("HardSwish is hard on int8: a student with ReLU6 (or ReLU) loses less")
+        depthwise = [row for row in facts.get("worst_layers", []) if row["depthwise"]]
+        loud = [r for r in depthwise if r["sqnr_db"] is not None and r["sqnr_db"] < _LOUD_DB]
+        if loud and not recipe.scheme.startswith("hybrid"):
+            words.append(
+                f"{len(loud)} of the worst layers are depthwise ({loud[0]['layer']}): try "
+                "calibrate.scheme: hybrid_per_tensor_per_channel"
+            )
+        words.append("distill.quantization_aware trains the student on the int8 grid")
+    return words
