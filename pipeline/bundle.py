@@ -1,78 +1,176 @@
-"""Assemble the folder that travels to the device."""
+"""Assemble the folder that travels to the device, and pack it."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
-from dataclasses import asdict
+import tarfile
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metis.backend import CompiledModel, QuantizedModel, open_backend
 from pipeline.manifest import folder_files
 from pipeline.stage import StageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
-    from metis.backend import CompiledModel
+SCHEMA = 2
 
-SCHEMA = 1
+#: Artifacts that a bundle is made of.
+BUNDLED = (
+    "contract",
+    "labels",
+    "student_input",
+    "dataset",
+    "test_set",
+    "student",
+    "quantized_model",
+    "compiled_model",
+    "device_pipeline",
+)
 
 
-def write_bundle(
+@dataclass(frozen=True)
+class BundleLimits:
+    """What kdbench accepts where the bundle runs."""
+
+    logit_steps: float  # int8 steps between its logits and the host's int8 logits
+    accuracy_loss_points: float  # points of top-1 below the float student on the test split
+
+
+def assemble_bundle(
+    inputs: Mapping[str, Path],
     into: Path,
     *,
-    compiled: CompiledModel,
-    contract: Path,
-    student_input: Path,
-    labels: Path,
-    contract_sha256: str,
-    golden: dict[str, NDArray[np.generic]],
-    test: dict[str, NDArray[np.generic]],
+    golden_samples: int,
+    limits: BundleLimits,
+    progress: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a bundle that needs nothing but Python, numpy and the model's runtime.
 
-    Args:
-        into: folder to make.
-        compiled: the model that travels.
-        contract: preprocessing.json, copied byte for byte.
-        student_input: student_input.json.
-        labels: labels.txt.
-        contract_sha256: digest that the contract must have.
-        golden: images (uint8, NHWC), tensors (float32, NCHW), logits (float32, of the int8 model on
-            the host).
-        test: images (uint8, NHWC), labels (int64).
-    """
-    import numpy
+    The same artifacts give the same bytes.
 
+    Args:
+        inputs: the artifacts of `BUNDLED`, verified.
+        into: folder to make.
+        golden_samples: validation images that prove the bundle where it runs.
+        limits: what kdbench accepts there.
+        progress: called with the number of test images that the float student has just answered.
+    """
+    from preprocessing.contract import load_contract
+
+    compiled = CompiledModel.load(inputs["compiled_model"])
     shutil.copytree(compiled.path, into / "model")
-    for source in (contract, student_input, labels):
-        shutil.copyfile(source, into / source.name)
-    numpy.savez(into / "golden.npz", allow_pickle=False, **golden)
-    numpy.savez(into / "test.npz", allow_pickle=False, **test)
+    for name in ("contract", "student_input", "labels"):
+        shutil.copyfile(inputs[name], into / inputs[name].name)
+    for yaml in inputs["device_pipeline"].glob("*.yaml"):
+        shutil.copyfile(yaml, into / "pipeline.yaml")
+    _save_arrays(into / "golden.npz", _golden(inputs, golden_samples))
+    _save_arrays(into / "test.npz", _test(inputs, progress))
     package = Path(__file__).resolve().parent.parent / "preprocessing"
     (into / "preprocessing").mkdir()
     for module in sorted(package.glob("*.py")):
         shutil.copyfile(module, into / "preprocessing" / module.name)
     for file in sorted(_deploy_folder().iterdir()):
-        if file.is_file():
+        if file.suffix in (".py", ".md"):
             shutil.copyfile(file, into / file.name)
+    files = {
+        file.relative_to(into).as_posix(): sha256(file.read_bytes()).hexdigest()
+        for file in folder_files(into)
+    }
+    model = {name: digest for name, digest in files.items() if name.startswith("model/")}
     index = {
         "schema": SCHEMA,
-        "contract": contract_sha256,
+        "contract": load_contract(inputs["contract"]).sha256,
         "runtime": compiled.runtime,
+        "backend": f"{compiled.backend} {compiled.version}",
         "aipu_cores": compiled.aipu_cores,
         "model": f"model/{compiled.entry}",
+        "model_digest": sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+        "preamble": compiled.preamble and f"model/{compiled.preamble}",
+        "postamble": compiled.postamble and f"model/{compiled.postamble}",
         "inputs": [asdict(spec) for spec in compiled.inputs],
         "outputs": [asdict(spec) for spec in compiled.outputs],
-        "files": {
-            file.relative_to(into).as_posix(): sha256(file.read_bytes()).hexdigest()
-            for file in folder_files(into)
-        },
+        "limits": asdict(limits),
+        "files": files,
     }
     (into / "bundle.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _golden(inputs: Mapping[str, Path], count: int) -> dict[str, NDArray[np.generic]]:
+    """Images (uint8, NHWC), tensors (float32, NCHW), logits (float32, of the int8 host model)."""
+    import numpy as np
+
+    from pipeline.splits import DatasetSplit
+    from preprocessing.apply import student_tensor
+    from preprocessing.contract import StudentInput
+
+    val = DatasetSplit.load(inputs["dataset"] / "val")
+    chosen = np.linspace(0, len(val.labels) - 1, min(count, len(val.labels)))
+    images = val.images[np.unique(chosen.round().astype(int))]
+    tensors = student_tensor(images, StudentInput.load(inputs["student_input"]))
+    quantized = QuantizedModel.load(inputs["quantized_model"])
+    logits = open_backend(quantized.backend).infer(quantized, tensors)
+    return {"images": images, "tensors": tensors, "logits": logits}
+
+
+def _test(
+    inputs: Mapping[str, Path], progress: Callable[[int], object]
+) -> dict[str, NDArray[np.generic]]:
+    """Images (uint8, NHWC), labels (int64), float_classes (int64, of the float student)."""
+    import numpy as np
+
+    from pipeline.reference import reference_logits
+    from pipeline.splits import DatasetSplit
+    from preprocessing.apply import student_tensor
+    from preprocessing.contract import StudentInput
+
+    given = StudentInput.load(inputs["student_input"])
+    test = DatasetSplit.load(inputs["test_set"])
+    classes = []
+    for start in range(0, len(test.labels), 256):
+        tensors = student_tensor(test.images[start : start + 256], given)
+        classes.append(reference_logits(inputs["student"], tensors).argmax(1))
+        progress(len(tensors))
+    return {
+        "images": test.images,
+        "labels": test.labels,
+        "float_classes": np.concatenate(classes).astype(np.int64),
+    }
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    import numpy
+
+    numpy.savez(path, allow_pickle=False, **arrays)
+
+
+def pack_bundle(folder: Path, archive: Path) -> None:
+    """Write the folder as a .tar.gz whose bytes depend on its files and its name alone.
+
+    Args:
+        folder: the bundle.
+        archive: file to write; it holds one folder, named as `folder` is.
+    """
+    with (
+        archive.open("wb") as out,
+        # No name and no time in gzip's header; no owner, time or umask in tar's.
+        gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for file in sorted(folder_files(folder)):
+            entry = tarfile.TarInfo(f"{folder.name}/{file.relative_to(folder).as_posix()}")
+            entry.size = file.stat().st_size
+            entry.mode = 0o644
+            with file.open("rb") as source:
+                tar.addfile(entry, source)
 
 
 def _deploy_folder() -> Path:

@@ -10,9 +10,11 @@ Errors that users can cause, and the exit status each has (CONVENTIONS.md 1.2):
       BusyError           pipeline/runner.py          3
     RuntimeError
       StageError          pipeline/stage.py           1
+        KdbenchError      pipeline/device_run.py      that of kdbench.py
       ExtraMissingError   pipeline/stage.py           5
       GateError           pipeline/runner.py          4, or 7 for the benchmark's verdict
       ParityError         here                        4
+      RefusedError        here                        4
       BackendError        metis/backend.py            1
         BackendMissingError                           5
 """
@@ -31,6 +33,7 @@ import click
 
 from metis.backend import BackendError, BackendMissingError
 from pipeline.config import DEFAULT_CONFIG, ConfigError, load_config, nearest
+from pipeline.device_run import KdbenchError
 from pipeline.launch import follow, is_follower, leading
 from pipeline.manifest import ManifestError
 from pipeline.report import parse_report, summary_lines
@@ -49,6 +52,10 @@ class ParityError(RuntimeError):
     """What was trained is not what is deployed."""
 
 
+class RefusedError(RuntimeError):
+    """The chip can't run a graph, and no exact rewrite changes that."""
+
+
 # The first match counts.
 EXIT_STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (ConfigError, 2),
@@ -59,6 +66,7 @@ EXIT_STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (ExtraMissingError, 5),
     (BackendMissingError, 5),
     (ParityError, 4),
+    (RefusedError, 4),
     (BackendError, 1),
     (StageError, 1),
 )
@@ -76,7 +84,7 @@ def main() -> None:
     except click.exceptions.Abort as error:  # what click makes of KeyboardInterrupt
         terminated = isinstance(error.__cause__, Terminated)
         _fail("interrupted; `kdpipe run` does what is left", 143 if terminated else 130)
-    except GateError as error:
+    except (GateError, KdbenchError) as error:
         _fail(str(error), error.status)
     except Exception as error:
         if debug:
@@ -344,6 +352,45 @@ def compare(runs: Sequence[str], config: Path, out: Path | None, debug: bool) ->
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error
     _to_stderr(f"wrote comparison.csv, comparison.md, comparison.png in {_beside_here(target)}")
+
+
+@commands.command()
+@click.argument("model", metavar="MODEL.onnx|ARCH")
+@click.option("--size", type=click.IntRange(min=1), help="Input side of ARCH.  [default: 224]")
+@click.option(
+    "--channels", type=click.IntRange(min=1), default=3, show_default=True, help="Of ARCH's input."
+)
+@click.option(
+    "--write",
+    "target",
+    type=click.Path(path_type=Path),
+    metavar="OUT.onnx",
+    help="Write the rewritten graph.",
+)
+@_json_option
+@_debug_option
+def check(
+    model: str, size: int | None, channels: int, target: Path | None, as_json: bool, debug: bool
+) -> None:
+    """Can Metis run this ONNX graph, or this network of timm? Node by node, with rule and cure.
+
+    Exact rewrites are done first, proven and listed; a graph that is refused all the same ends
+    with status 4.
+    """
+    from pipeline import operator_check
+
+    legalized = operator_check.check(model, size=size, channels=channels)
+    if as_json:
+        _print_json(operator_check.document(model, legalized))
+    else:
+        for line in operator_check.lines(legalized):
+            click.echo(line)
+    if target is not None:
+        operator_check.write(legalized, target)
+        _to_stderr(f"wrote {target}")
+    refusal = legalized.report.refusal(model)
+    if refusal:
+        raise RefusedError(refusal)
 
 
 @commands.command()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 
 MeasuredOn = Literal["device", "host-emulation", "host-float", "estimate", "published"]
 
@@ -44,6 +44,78 @@ class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     p95: float | None
     p99: float | None
     max: float
+    bounds: dict[str, float | None]  # per percentile, not exceeded at 99 % confidence (LoadGen)
+
+
+class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was measured against the float student's answers to the same images."""
+
+    agreement: float  # same class, as a fraction
+    loss_points: float  # of top-1
+    loss_low: float  # ends of its 95 % interval
+    loss_high: float
+    limit_points: float
+    measured_on: MeasuredOn
+
+
+class Audit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answers kept while measuring, compared with those of an idle instance."""
+
+    scope: str
+    kept: int
+    different: int
+
+
+class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PCIe, negotiated and possible; null with the reason where it can't be read."""
+
+    width: int | None
+    max_width: int | None
+    speed: str | None
+    max_speed: str | None
+    reason: str
+
+
+class Heat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The device at one moment; null with the reason where it can't be read."""
+
+    temperature_c: float | None
+    power_w: float | None
+    clocks: dict[str, str]
+    reason: str
+
+
+class Minute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One minute of a soak."""
+
+    minute: int
+    value: float
+    unit: Literal["frames/s"]
+    measured_on: MeasuredOn
+    temperature_c: float | None
+    power_w: float | None
+
+
+class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was asked for."""
+
+    name: Literal["kdpipe", "MLPerf-style"]
+    scenario: Literal["single-stream", "offline", "both"]
+    min_seconds: float
+    min_queries: int
+    min_samples: int
+    repeats: int
+
+
+class Stability(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How even the run was; null where it has too few queries or repeats to tell."""
+
+    drift: float | None  # median of the last tenth / of the first
+    slow_queries: int  # slower than the limit; never dropped
+    slow_limit_ms: float | None
+    repeats: int
+    spread_p90: float | None  # (largest - smallest) / median over the repeats
+    spread_throughput: float | None
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,20 +139,35 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int
     contract: str
     bundle: str
+    test_set: str
+    model: str
     runtime: str
     runtime_version: str
     measured_on: Literal["device", "host-emulation"]
     device: dict[str, Any] | None
     aipu_cores: int
     batch: int
+    instances: int
+    host_graphs: dict[str, bool]  # preamble, postamble: part of the network runs on the host
+    rules: Rules
     started: str
     host: dict[str, Any]
+    link: Link
+    heat_before: Heat
+    heat_after: Heat
     checks: list[Check]
     load_ms: Figure
+    first_inference_ms: Figure
     latency: list[Latency]
+    overhead_share: Figure | None
     warm_up_queries: int
-    throughput: Figure
+    throughput: Figure | None  # of the faster way of buffering
+    throughput_modes: list[Figure]
+    stability: Stability
+    audit: list[Audit]
     top1_test: Figure
+    accuracy: Accuracy
+    soak: list[Minute]
     verdict: Verdict
 
 
@@ -115,6 +202,10 @@ class BenchmarkReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: dict[str, Any]  # the pipeline YAML, or why there is none; the device pipe's constants
     data: dict[str, Any]  # splits, 8-bit encoding, and whether the data are synthetic
     measurement: Measurement
+    # What is known only after some ways of calibrating, compiling and estimating.
+    int8_sdk: dict[str, Any] | None = None  # the SDK's own int8 model on the host
+    rewrites: list[dict[str, Any]] | None = None  # operators that were legalized in the student
+    estimate: dict[str, Any] | None = None  # frames per second as the cost model guesses them
 
 
 def parse_measurement(text: str) -> Measurement:
@@ -157,6 +248,13 @@ def _check_origin(measurement: Measurement) -> None:
     truth = "host-emulation" if emulated else "device"
     if emulated and measurement.device is not None:
         raise ReportError("runtime onnxruntime has no device, but the report describes one")
+    if not emulated and measurement.device is None:
+        raise ReportError(f"runtime {measurement.runtime} has a device, but the report names none")
+    for heat in (measurement.heat_before, measurement.heat_after) if emulated else ():
+        if heat.temperature_c is not None or heat.power_w is not None or heat.clocks:
+            raise ReportError("runtime onnxruntime has no device to read heat, power or clocks of")
+    if emulated and measurement.link.width is not None:
+        raise ReportError("runtime onnxruntime has no device to read a PCIe link of")
     for name, measured_on in _origins(measurement):
         if measured_on != truth:
             raise ReportError(
@@ -167,11 +265,17 @@ def _check_origin(measurement: Measurement) -> None:
 
 def _origins(measurement: Measurement) -> Iterator[tuple[str, str]]:
     yield "the report", measurement.measured_on
-    yield "load_ms", measurement.load_ms.measured_on
-    yield "throughput", measurement.throughput.measured_on
-    yield "top1_test", measurement.top1_test.measured_on
+    yield "accuracy", measurement.accuracy.measured_on
+    for name in ("load_ms", "first_inference_ms", "overhead_share", "throughput", "top1_test"):
+        figure = getattr(measurement, name)
+        if figure is not None:
+            yield name, figure.measured_on
+    for mode in measurement.throughput_modes:
+        yield f"throughput ({mode.scope})", mode.measured_on
     for latency in measurement.latency:
         yield f"latency ({latency.scope})", latency.measured_on
+    for minute in measurement.soak:
+        yield f"soak (minute {minute.minute})", minute.measured_on
 
 
 def summary_lines(report: BenchmarkReport) -> list[str]:
@@ -187,10 +291,10 @@ def summary_lines(report: BenchmarkReport) -> list[str]:
             f"{'latency, ' + latency.scope:<34} p50 {_ms(latency.p50)}  p90 {_ms(latency.p90)}  "
             f"p99 {_ms(latency.p99)}  n {latency.n}  [{latency.measured_on}]"
         )
-    rate = measured.throughput
-    lines.append(
+    lines += [
         f"{'throughput':<34} {rate.value:.1f} {rate.unit}  [{rate.scope}; {rate.measured_on}]"
-    )
+        for rate in measured.throughput_modes
+    ]
     judged = [leg.passed for leg in report.parity if leg.passed is not None]
     lines.append(f"{'parity':<34} {sum(judged)} of {len(judged)} legs passed")
     lines.append(f"{'verdict':<34} {measured.verdict.word}: {'; '.join(measured.verdict.reasons)}")
@@ -225,7 +329,13 @@ def _render(name: str, report: BenchmarkReport, picture: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["ms"] = _ms
+    environment.filters |= {
+        "ms": _ms,
+        "unit": _unit,
+        "ratio": lambda value: "null" if value is None else f"{value:.3f}",
+        "percent": lambda value: "null" if value is None else f"{100 * value:.1f} %",
+        "words": _words,
+    }
     return environment.get_template(f"{name}.j2").render(
         report=report, measured=report.measurement, picture=picture
     )
@@ -235,8 +345,24 @@ def _ms(value: float | None) -> str:
     return "null" if value is None else f"{value:.3f} ms"
 
 
+def _unit(value: float | None, unit: str) -> str:
+    return "null" if value is None else f"{value:.1f} {unit}"
+
+
+def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree
+    """A tree of facts as one line for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(map(_words, value)) or "none"
+    return "null" if value is None else str(value)
+
+
 def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
-    """A histogram of the latency from tensor to logits, with its percentiles."""
+    """The latency from tensor to logits: its histogram with percentiles, and its course in time.
+
+    Empty when SingleStream was not measured.
+    """
     import io
 
     import matplotlib as mpl
@@ -245,20 +371,34 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
+    rows = [row for row in report.measurement.latency if row.scope == "tensor to logits"]
+    if not rows:
+        return ""
+    (latency,) = rows
     with np.load(samples) as raw:
         ms = raw["all_ns"] / 1e6
-    latency = next(row for row in report.measurement.latency if row.scope == "tensor to logits")
     shown = ms[ms <= np.quantile(ms, 0.999)]
-    with plt.rc_context({"svg.hashsalt": "kdpipe"}):
-        figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-        axes.hist(shown, bins=80, color="#4c78a8")
+    with plt.rc_context({"svg.hashsalt": "kdpipe", "font.size": 9}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 2.6), layout="constrained")
+        left.hist(shown, bins=80, color="#4c78a8")
         for name, color in (("p50", "#222222"), ("p90", "#e45756"), ("p99", "#b279a2")):
             value = getattr(latency, name)
             if value is not None:
-                axes.axvline(value, color=color, linewidth=1.2, label=f"{name} {value:.3f} ms")
-        axes.set_xlabel(f"ms, {latency.scope} ({latency.measured_on}); slowest 0.1 % not drawn")
-        axes.set_ylabel("queries")
-        axes.legend()
+                left.axvline(value, color=color, linewidth=1.2, label=f"{name} {value:.3f} ms")
+        left.set_xlabel(f"ms, {latency.scope} ({latency.measured_on}); slowest 0.1 % not drawn")
+        left.set_ylabel("queries")
+        left.legend()
+        # At most 300 points, each the median and the 90th percentile of queries in a row.
+        parts = np.array_split(ms, min(300, len(ms)))
+        seconds = np.cumsum([part.sum() for part in parts]) / 1e3
+        for quantile, color in ((0.5, "#222222"), (0.9, "#e45756")):
+            label = f"p{100 * quantile:.0f} of {len(parts[0])} queries"
+            points = [np.quantile(part, quantile) for part in parts]
+            right.plot(seconds, points, color=color, linewidth=0.9, label=label)
+        right.set_ylim(bottom=0)
+        right.set_xlabel(f"seconds of the measurement ({latency.measured_on})")
+        right.set_ylabel("ms")
+        right.legend()
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
         plt.close(figure)

@@ -6,6 +6,8 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
+from scipy.stats import binom
 
 from pipeline.manifest import folder_files
 
@@ -63,12 +65,36 @@ def test_every_printed_statistic_can_be_recomputed_from_the_samples(finished):
     folder = finished.artifact("benchmark_report")
     measured = json.loads((folder / "report.json").read_text())["measurement"]
     samples = np.load(folder / "samples.npz")
-    for latency, key in zip(measured["latency"], ("run_ns", "all_ns"), strict=True):
-        ms = np.sort(samples[key]) / 1e6
-        assert latency["n"] == len(ms) >= 70
-        assert latency["p50"] == ms[len(ms) // 2]
-        assert latency["p90"] == ms[int(0.9 * len(ms))]
-        assert latency["mean"] == ms.mean()
+    raw = [samples["run_ns"], samples["all_ns"], samples["all_ns"] - samples["run_ns"]]
+    places = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+    for latency, ns in zip(measured["latency"], raw, strict=True):
+        ms = np.sort(ns) / 1e6
+        n = len(ms)
+        assert latency["n"] == n >= 70
+        for name, quantile in places.items():
+            assert latency[name] in (None, ms[int(quantile * n)])
+        found = [latency[name] for name in ("min", "mean", "std", "max")]
+        assert found == [ms[0], ms.mean(), ms.std(), ms[-1]]
+        t = max(t for t in range(n) if binom.cdf(t, n, 0.1) <= 0.01)
+        assert latency["bounds"]["p90"] == ms[n - t]
+    done = samples["offline_single_0_done_ns"]
+    (mode,) = measured["throughput_modes"]
+    assert mode == measured["throughput"]
+    assert (mode["n"], mode["value"]) == (len(done), len(done) / (done[-1] / 1e9))
+    overhead, run = np.sort(raw[2]), np.sort(raw[0])
+    middle = len(run) // 2
+    assert measured["overhead_share"]["value"] == pytest.approx(overhead[middle] / run[middle])
+    tenth = len(run) // 10
+    drift = np.median(raw[1][-tenth:]) / np.median(raw[1][:tenth])
+    stability = measured["stability"]
+    assert stability["drift"] == drift
+    assert stability["slow_queries"] == (raw[1] > 5 * np.median(raw[1])).sum()
+    classes, labels = samples["test_classes"], samples["test_labels"]
+    assert measured["top1_test"]["value"] == (classes == labels).mean()
+    reference = samples["test_float_classes"]
+    assert measured["accuracy"]["agreement"] == (classes == reference).mean()
+    lost = 100 * ((reference == labels).mean() - (classes == labels).mean())
+    assert measured["accuracy"]["loss_points"] == pytest.approx(lost)
 
 
 def test_the_html_report_is_one_file_without_network(finished):

@@ -214,7 +214,13 @@ def write_project(root: Path) -> Project:
         },
         "distill": {"student": "test_byobnet", "epochs": 2, "batch_size": 32},
         "calibrate": {"samples": 32, "max_int8_loss": 50.0},
-        "benchmark": {"min_seconds": 0.3, "min_queries": 70, "golden_samples": 8},
+        "benchmark": {
+            "min_seconds": 0.3,
+            "min_queries": 70,
+            "min_samples": 200,
+            "golden_samples": 8,
+            "max_device_loss": 50.0,
+        },
     }
     (root / "kdpipe.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return Project(root)

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
-from metis.backend import CompiledModel, QuantizedModel, open_backend
+from pipeline.bundle import BUNDLED, BundleLimits, assemble_bundle
+from pipeline.device_run import Elsewhere, run_here, run_there
 from pipeline.legs import Leg, Limits, export_leg, int8_leg
-from pipeline.stage import Facts, Gate, Job, Stage, StageError, same_as_field, unkeyed_field
+from pipeline.stage import Facts, Gate, Job, Stage, same_as_field, unkeyed_field
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
-    from pipeline.report import BenchmarkReport, Row
-
-#: Exit statuses of kdbench that are results; the gates judge them.
-_RESULTS = (0, 7)
-
-log = logging.getLogger("kdpipe")
+    from pipeline.report import BenchmarkReport, Measurement, Row
 
 
 @dataclass(frozen=True)
 class BenchmarkParams:
-    """How long to measure."""
+    """Where and how long to measure."""
 
     min_seconds: Annotated[float, Meta(gt=0)] = 60.0  # per scenario; a shorter run is a SMOKE run
     min_queries: Annotated[int, Meta(ge=1)] = 1024  # of SingleStream; fewer is a SMOKE run
+    min_samples: Annotated[int, Meta(ge=1)] = 24_576  # of Offline; fewer is a SMOKE run
+    repeats: Annotated[int, Meta(ge=1)] = 1  # 3 or more give a spread
+    max_logit_steps: Annotated[float, Meta(gt=0)] = 1.0  # int8 steps to the host's int8 logits
+    max_device_loss: Annotated[float, Meta(gt=0)] = 1.0  # points of top-1 below the float student
+    device: str = ""  # its name, as axdevice shows it; empty: the first one
+    host: str = ""  # user@box that ssh reaches without a password; empty: this machine
+    ssh_options: tuple[str, ...] = unkeyed_field(())  # words for ssh before the host
+    remote_python: str = unkeyed_field("python3")  # with numpy and the runtime, on that host
     golden_samples: Annotated[int, Meta(ge=1)] = 32  # validation patches that prove the bundle
     max_png_levels: Annotated[float, Meta(ge=0)] = unkeyed_field(1.0)  # grey levels, when bilinear
     max_yaml_difference: Annotated[float, Meta(ge=0)] = unkeyed_field(1e-5)  # standard deviations
@@ -52,21 +50,54 @@ class BenchmarkParams:
             max_int8_loss=self.max_int8_loss or 0.0,
         )
 
+    @property
+    def bundle_limits(self) -> BundleLimits:
+        """Of what kdbench accepts."""
+        return BundleLimits(self.max_logit_steps, self.max_device_loss)
+
+    @property
+    def words(self) -> list[str]:
+        """For kdbench's command line."""
+        return [
+            f"--min-seconds={self.min_seconds}",
+            f"--min-queries={self.min_queries}",
+            f"--min-samples={self.min_samples}",
+            f"--repeats={self.repeats}",
+            *([f"--device={self.device}"] if self.device else []),
+        ]
+
 
 def run(job: Job, params: BenchmarkParams) -> Facts:
     """Prove parity, write the bundle, start kdbench.py from it, write the report."""
     from pipeline.report import parse_measurement, write_report
 
     legs = _parity(job)
-    compiled = CompiledModel.load(job.inputs["compiled_model"])
-    _write_bundle(job, params, compiled)
-    folder = job.outputs["benchmark_report"]
+    bundle, folder = job.outputs["bundle"], job.outputs["benchmark_report"]
+    with job.progress(
+        "float student on test", job.facts["ingest"]["splits"]["test"]["patches"]
+    ) as bar:
+        assemble_bundle(
+            job.inputs,
+            bundle,
+            golden_samples=params.golden_samples,
+            limits=params.bundle_limits,
+            progress=bar.update,
+        )
     folder.mkdir()
-    text = _run_kdbench(job.outputs["bundle"], params, folder / "samples.npz")
+    samples = folder / "samples.npz"
+    if params.host:
+        there = Elsewhere(params.host, params.ssh_options, params.remote_python)
+        text = run_there(there, bundle, params.words, samples)
+    else:
+        text = run_here(bundle, params.words, samples)
     measurement = parse_measurement(text)
-    report = _report(job, params, measurement, legs)
-    write_report(report, folder / "samples.npz", folder)
+    write_report(_report(job, params, measurement, legs), samples, folder)
+    return _facts(measurement, legs)
+
+
+def _facts(measurement: Measurement, legs: list[Leg]) -> Facts:
     latency = {row.scope: row for row in measurement.latency}["tensor to logits"]
+    assert measurement.throughput is not None  # both scenarios were asked for
     return {
         "measured_on": measurement.measured_on,
         "runtime": measurement.runtime_version,
@@ -88,102 +119,12 @@ def _parity(job: Job) -> list[Leg]:
     return [*legs, export_leg(job.facts["distill"]), int8_leg(job.facts["calibrate"])]
 
 
-def _write_bundle(job: Job, params: BenchmarkParams, compiled: CompiledModel) -> None:
-    import numpy as np
-
-    from pipeline.bundle import write_bundle
-    from pipeline.splits import DatasetSplit
-    from preprocessing.apply import student_tensor
-    from preprocessing.contract import StudentInput, load_contract
-
-    given = StudentInput.load(job.inputs["student_input"])
-    val = DatasetSplit.load(job.inputs["dataset"] / "val")
-    test = DatasetSplit.load(job.inputs["test_set"])
-    chosen = np.linspace(0, len(val.labels) - 1, min(params.golden_samples, len(val.labels)))
-    images = val.images[np.unique(chosen.round().astype(int))]
-    tensors = student_tensor(images, given)
-    quantized = QuantizedModel.load(job.inputs["quantized_model"])
-    logits = open_backend(quantized.backend).infer(quantized, tensors)
-    write_bundle(
-        job.outputs["bundle"],
-        compiled=compiled,
-        contract=job.inputs["contract"],
-        student_input=job.inputs["student_input"],
-        labels=job.inputs["labels"],
-        contract_sha256=load_contract(job.inputs["contract"]).sha256,
-        golden={"images": images, "tensors": tensors, "logits": logits},
-        test={"images": test.images, "labels": test.labels},
-    )
-
-
-def _run_kdbench(bundle: Path, params: BenchmarkParams, samples: Path) -> str:
-    """Start the bundle's program as a user on the device would; return its last line.
-
-    Raises:
-        StageError: it ended badly; its own words are in the message.
-    """
-    command = [
-        sys.executable,
-        str(bundle / "kdbench.py"),
-        f"--min-seconds={params.min_seconds}",
-        f"--min-queries={params.min_queries}",
-        f"--samples={samples}",
-    ]
-    # A bundle is what was written, no more: Python must not leave its caches in it.
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    with subprocess.Popen(
-        command,
-        cwd=bundle,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_die_with_parent,
-    ) as child:
-        try:
-            out, err = child.communicate()
-        except BaseException:
-            os.killpg(child.pid, signal.SIGKILL)
-            raise
-    log.info("kdbench ended with %d\n%s%s", child.returncode, out, err)
-    if child.returncode not in _RESULTS:
-        words = err.strip().splitlines()
-        last = words[-1].removeprefix("Error: ") if words else "it said nothing"
-        raise StageError(f"kdbench.py ended with {child.returncode}: {last}")
-    return out.rstrip().rpartition("\n")[2]
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when kdpipe is killed; else it would measure on, unseen."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def _report(
-    job: Job,
-    params: BenchmarkParams,
-    measurement: Any,  # noqa: ANN401 - a lazily imported type
-    legs: list[Leg],
+    job: Job, params: BenchmarkParams, measurement: Measurement, legs: list[Leg]
 ) -> BenchmarkReport:
-    import numpy as np
-
-    from pipeline.metrics import top1
-    from pipeline.reference import reference_logits
     from pipeline.report import SCHEMA, BenchmarkReport, LegRow
-    from pipeline.splits import DatasetSplit
-    from preprocessing.apply import student_tensor
-    from preprocessing.contract import StudentInput, load_contract
+    from preprocessing.contract import load_contract
 
-    given = StudentInput.load(job.inputs["student_input"])
-    test = DatasetSplit.load(job.inputs["test_set"])
-    with job.progress("float student on test", len(test.labels)) as bar:
-        parts = []
-        for start in range(0, len(test.labels), 256):
-            tensors = student_tensor(test.images[start : start + 256], given)
-            parts.append(reference_logits(job.inputs["student"], tensors))
-            bar.update(len(tensors))
     distill, calibrate = job.facts["distill"], job.facts["calibrate"]
     return BenchmarkReport(
         schema=SCHEMA,
@@ -195,7 +136,7 @@ def _report(
             "size_bytes": distill["size_bytes"],
             "loss": distill["loss"],
         },
-        accuracy=_accuracy(job, top1(np.concatenate(parts), test.labels), measurement),
+        accuracy=list(_accuracy(job, measurement)),
         int8={
             "loss_points": calibrate["int8_loss_points"],
             "loss_interval95_points": calibrate["int8_loss_interval95_points"],
@@ -217,37 +158,42 @@ def _report(
             key: job.facts["ingest"][key] for key in ("synthetic", "splits", "encoding", "teachers")
         },
         measurement=measurement,
+        int8_sdk=calibrate.get("sdk_int8"),
+        rewrites=distill.get("rewrites"),
+        estimate=job.facts["compile"].get("estimate"),
     )
 
 
-def _accuracy(job: Job, float_top1: float, measurement: Any) -> list[Row]:  # noqa: ANN401 - as above
+def _accuracy(job: Job, measurement: Measurement) -> Iterator[Row]:
+    """Teachers, float student, int8 on the host, int8 where it was measured."""
     from pipeline.report import Figure, Row
 
     teachers, student = job.facts["ingest"]["teachers"], job.facts["distill"]["student"]
-    int8 = job.facts["calibrate"]
+    int8, test = job.facts["calibrate"], measurement.top1_test
 
     def row(name: str, value: float, on: Any, n: int, split: str) -> Row:  # noqa: ANN401 - a Literal
         return Row(name, Figure(value, "fraction", on, n, f"{split} split"))
 
     n_val = teachers["n_val"]
-    members = [
-        row(f"teacher {m['name']}", m["top1_val"], "host-float", n_val, "validation")
-        for m in teachers["members"]
-    ]
-    return [
-        *members,
-        row("teacher ensemble", teachers["top1_val"], "host-float", n_val, "validation"),
-        row(f"{student} float", int8["top1_val_float"], "host-float", n_val, "validation"),
-        row(f"{student} int8", int8["top1_val_int8"], int8["measured_on"], n_val, "validation"),
-        row(f"{student} float", float_top1, "host-float", measurement.top1_test.n, "test"),
-        row(
-            f"{student} int8",
-            measurement.top1_test.value,
-            measurement.measured_on,
-            measurement.top1_test.n,
-            "test",
-        ),
-    ]
+    for member in teachers["members"]:
+        name = f"teacher {member['name']}"
+        yield row(name, member["top1_val"], "host-float", n_val, "validation")
+    yield row("teacher ensemble", teachers["top1_val"], "host-float", n_val, "validation")
+    yield row(f"{student} float", int8["top1_val_float"], "host-float", n_val, "validation")
+    yield row(f"{student} int8", int8["top1_val_int8"], int8["measured_on"], n_val, "validation")
+    if sdk := int8.get("sdk_int8"):
+        name = f"{student} int8 of the SDK"
+        yield row(name, sdk["top1_val"], "host-emulation", sdk["n_val"], "validation")
+    yield row(f"{student} float", _float_top1(job), "host-float", test.n, "test")
+    yield row(f"{student} int8", test.value, measurement.measured_on, test.n, "test")
+
+
+def _float_top1(job: Job) -> float:
+    """Of the float student on the test split, whose answers the bundle holds."""
+    import numpy as np
+
+    with np.load(job.outputs["bundle"] / "test.npz") as test:
+        return float((test["float_classes"] == test["labels"]).mean())
 
 
 def gates(params: BenchmarkParams, facts: Facts) -> list[Gate]:
@@ -270,17 +216,7 @@ def gates(params: BenchmarkParams, facts: Facts) -> list[Gate]:
 
 
 STAGE = Stage(
-    inputs=(
-        "contract",
-        "labels",
-        "student_input",
-        "dataset",
-        "test_set",
-        "student",
-        "quantized_model",
-        "compiled_model",
-        "device_pipeline",
-    ),
+    inputs=BUNDLED,
     outputs={"bundle": "bundle", "benchmark_report": "report"},
     params=BenchmarkParams,
     run=run,

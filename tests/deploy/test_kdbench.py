@@ -1,67 +1,29 @@
 """kdbench as a device user starts it: a program in a bundle, without kdpipe."""
 
-import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
-
-
-@pytest.fixture
-def bundle(finished):
-    return finished.artifact("bundle")
-
-
-def kdbench(bundle, *words):
-    # -I: no PYTHONPATH, no user site; and from another folder, so nothing of kdpipe is in reach
-    # but what lies beside the program.
-    code = (
-        "import sys, runpy; sys.path.insert(0, sys.argv[1]); sys.modules['pipeline'] = None; "
-        "sys.modules['metis'] = None; sys.argv = sys.argv[2:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    return subprocess.run(
-        [sys.executable, "-B", "-I", "-c", code, bundle, bundle / "kdbench.py", bundle,
-         "--min-seconds=0.2", "--min-queries=10", *words],
-        capture_output=True, text=True, check=False, cwd="/",
-    )  # fmt: skip
-
-
-def module():
-    """kdbench's functions, loaded by path."""
-    spec = importlib.util.spec_from_file_location("kdbench", DEPLOY / "kdbench.py")
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["kdbench"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def redo(bundle, name):
-    """Make bundle.json agree with a file that was changed on purpose."""
-    index = json.loads((bundle / "bundle.json").read_text())
-    index["files"][name] = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
-    (bundle / "bundle.json").write_text(json.dumps(index))
-
 
 def test_it_needs_only_what_the_bundle_holds(bundle):
-    result = kdbench(bundle)
+    result = bundle.kdbench()
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout.splitlines()[-1])
     assert document["measured_on"] == "host-emulation"
     assert [check["name"] for check in document["checks"]] == ["digests", "preprocessing", "logits"]
+    assert all(audit["kept"] and not audit["different"] for audit in document["audit"])
     for line in result.stdout.splitlines()[:-1]:
         if line.startswith(("latency", "throughput", "top-1")):
             assert "host-emulation" in line
 
 
 def test_json_alone_and_raw_samples(bundle, tmp_path):
-    result = kdbench(bundle, "--json", f"--samples={tmp_path / 's.npz'}")
+    result = bundle.kdbench("--json", f"--samples={tmp_path / 's.npz'}")
     assert len(result.stdout.splitlines()) == 1
     document = json.loads(result.stdout)
     samples = np.load(tmp_path / "s.npz")
@@ -73,121 +35,172 @@ def test_json_alone_and_raw_samples(bundle, tmp_path):
     "name", ["preprocessing.json", "model/model.onnx", "golden.npz", "preprocessing/images.py"]
 )
 def test_a_damaged_file_is_named(bundle, name):
-    path = bundle / name
+    path = bundle.folder / name
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    result = kdbench(bundle)
+    result = bundle.kdbench()
     assert result.returncode == 3
     assert f"Error: {name} is damaged: expected sha256 " in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_code_that_no_longer_loads_is_called_damaged(bundle):
-    with (bundle / "preprocessing" / "apply.py").open("a") as file:
+    with (bundle.folder / "preprocessing" / "apply.py").open("a") as file:
         file.write("def broken(:")
-    result = kdbench(bundle)
+    result = bundle.kdbench()
     assert result.returncode == 3
-    assert "preprocessing/ beside kdbench.py is damaged" in result.stderr
+    assert "what lies beside kdbench.py is damaged" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_a_missing_file_or_no_bundle_is_named(bundle, tmp_path):
-    (bundle / "labels.txt").unlink()
-    result = kdbench(bundle)
+    (bundle.folder / "labels.txt").unlink()
+    result = bundle.kdbench()
     assert (result.returncode, "labels.txt is missing from the bundle" in result.stderr) == (
         3,
         True,
     )
-    (bundle / "bundle.json").unlink()
-    result = kdbench(bundle)
+    (bundle.folder / "bundle.json").unlink()
+    result = bundle.kdbench()
     assert (result.returncode, "is not a bundle" in result.stderr) == (3, True)
 
 
 @pytest.mark.parametrize("field", ["mean", "std", "interpolation"])
 def test_other_preprocessing_is_caught_on_the_golden_images(bundle, field):
-    path = bundle / "student_input.json"
-    given = json.loads(path.read_text())
+    given = json.loads((bundle.folder / "student_input.json").read_text())
     if field == "interpolation":
-        given[field], given["half_pixel_centers"] = "bilinear", True
+        bundle.edit("student_input.json", interpolation="bilinear", half_pixel_centers=True)
     else:
-        given[field][1] *= 1.001
-    path.write_text(json.dumps(given))
-    redo(bundle, "student_input.json")
-    result = kdbench(bundle)
+        first, second, *rest = given[field]
+        bundle.edit("student_input.json", **{field: [first, second * 1.001, *rest]})
+    result = bundle.kdbench()
     assert result.returncode == 4
     assert "preprocessing differs from the host's by up to" in result.stderr
 
 
 def test_swapped_channels_are_caught(bundle):
-    path = bundle / "student_input.json"
-    given = json.loads(path.read_text())
-    for field in ("mean", "std"):
-        given[field] = given[field][::-1]
-    path.write_text(json.dumps(given))
-    redo(bundle, "student_input.json")
-    assert kdbench(bundle).returncode == 4
+    given = json.loads((bundle.folder / "student_input.json").read_text())
+    swapped = {field: given[field][::-1] for field in ("mean", "std")}
+    bundle.edit("student_input.json", **swapped)
+    assert bundle.kdbench().returncode == 4
 
 
 def test_another_contract_is_caught(bundle):
-    path = bundle / "preprocessing.json"
+    path = bundle.folder / "preprocessing.json"
     path.write_text(path.read_text() + "\n")
-    redo(bundle, "preprocessing.json")
-    result = kdbench(bundle)
+    bundle.redo("preprocessing.json")
+    result = bundle.kdbench()
     assert result.returncode == 3
     assert "preprocessing.json is of another contract" in result.stderr
 
 
-def golden(bundle, **changes):
-    with np.load(bundle / "golden.npz") as archive:
-        arrays = {**archive}
-    np.savez(bundle / "golden.npz", **{**arrays, **{k: f(arrays[k]) for k, f in changes.items()}})
-    redo(bundle, "golden.npz")
-
-
 def test_other_logits_are_caught_and_a_layout_error_is_called_that(bundle):
-    golden(bundle, logits=lambda logits: logits + 1.0)
-    result = kdbench(bundle)
+    bundle.edit_arrays("golden.npz", logits=lambda logits: logits + 1.0)
+    result = bundle.kdbench()
     assert result.returncode == 4
     assert "logits differ from the host's int8 logits by up to" in result.stderr
     assert "layout" not in result.stderr
-    golden(bundle, logits=lambda logits: np.roll(logits - 1.0, 1, axis=1))
-    assert "they are the same numbers in another order: a layout error" in kdbench(bundle).stderr
+    bundle.edit_arrays("golden.npz", logits=lambda logits: np.roll(logits - 1.0, 1, axis=1))
+    assert "they are the same numbers in another order: a layout error" in bundle.kdbench().stderr
 
 
 def test_an_unknown_runtime_is_named(bundle):
-    index = json.loads((bundle / "bundle.json").read_text())
-    (bundle / "bundle.json").write_text(json.dumps({**index, "runtime": "abacus"}))
-    result = kdbench(bundle)
+    bundle.edit("bundle.json", runtime="abacus")
+    result = bundle.kdbench()
     assert (result.returncode, "no runtime 'abacus'" in result.stderr) == (5, True)
 
 
-@pytest.mark.parametrize(
-    ("queries", "null"),
-    [(63, ("p90", "p95", "p99")), (64, ("p95", "p99")), (661, ("p99",)), (662, ())],
-)
-def test_a_percentile_of_too_few_queries_is_null(queries, null):
-    ns = np.random.default_rng(0).permutation(np.arange(1, queries + 1)) * 1_000_000
-    row = module().summary(ns, "scope", "host-emulation")
-    for name, (quantile, _) in module().PERCENTILES.items():
-        expected = None if name in null else float(int(quantile * queries) + 1)
-        assert row[name] == expected
-    assert (row["min"], row["max"], row["n"]) == (1.0, float(queries), queries)
+def test_more_steps_are_allowed_where_somebody_says_so(bundle):
+    bundle.edit_arrays("golden.npz", logits=lambda logits: logits + 1e-3)
+    assert bundle.kdbench("--max-steps=1e-6").returncode == 4
+    result = bundle.kdbench("--max-steps=1e3")
+    assert result.returncode == 0, result.stderr
+    assert "(limit 1000)" in result.stdout
+
+
+def test_it_runs_with_numpy_and_one_runtime_and_nothing_else(bundle, tmp_path):
+    # -S and -I: no site-packages at all; then two packages and what they load, by name.
+    for name in ("numpy", "onnxruntime"):
+        package = Path(find_spec(name).origin).parent
+        (tmp_path / name).symlink_to(package)
+        libraries = package.with_name(f"{name}.libs")
+        if libraries.exists():
+            (tmp_path / libraries.name).symlink_to(libraries)
+        for info in package.parent.glob(f"{name}-*.dist-info"):
+            (tmp_path / info.name).symlink_to(info)
+    code = (
+        "import sys, runpy; sys.path[:0] = sys.argv[1:3]; sys.argv = sys.argv[3:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    program = bundle.folder / "kdbench.py"
+    result = subprocess.run(
+        [sys.executable, "-S", "-I", "-c", code, bundle.folder, tmp_path, program, bundle.folder,
+         "--min-seconds=0.1", "--min-samples=10", "--json"],
+        capture_output=True, text=True, check=False, cwd="/",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["verdict"]["word"] == "SMOKE"
+    assert not list(bundle.folder.rglob("__pycache__"))
 
 
 @pytest.mark.parametrize(
-    ("asked", "reached", "word"),
-    [
-        ((60.0, 1024), (60.1, 1024), "VALID"),
-        ((60.0, 1024), (59.0, 1024), "INVALID"),
-        ((60.0, 1024), (60.1, 1000), "INVALID"),
-        ((59.9, 1024), (59.9, 9999), "SMOKE"),
-        ((60.0, 1023), (60.1, 9999), "SMOKE"),
-        ((600.0, 1024), (600.1, 5000), "VALID"),
-    ],
+    ("scenario", "latencies", "modes"),
+    [("single-stream", 3, 0), ("offline", 0, 1), ("both", 3, 1)],
 )
-def test_the_verdict_follows_what_was_asked_and_what_was_reached(asked, reached, word):
-    stream = {"seconds": reached[0], "all_ns": np.zeros(reached[1])}
-    found = module().verdict(*asked, stream)
-    assert found["word"] == word
-    assert (found["reasons"] == []) == (word == "VALID")
+def test_a_scenario_alone(bundle, scenario, latencies, modes):
+    found = bundle.measured(f"--scenario={scenario}")
+    assert len(found["latency"]) == latencies
+    assert len(found["throughput_modes"]) == modes
+    assert (found["throughput"] is None) == (modes == 0)
+    assert found["verdict"]["word"] == "SMOKE"
+
+
+def test_accuracy_far_below_the_float_student_is_invalid(bundle):
+    bundle.edit("bundle.json", limits={"logit_steps": 1.0, "accuracy_loss_points": 10.0})
+    with np.load(bundle.folder / "test.npz") as test:
+        labels = test["labels"]
+    bundle.edit_arrays("test.npz", float_classes=lambda classes: labels)
+    assert bundle.kdbench().returncode == 7  # the int8 student is no better than its float one
+    result = bundle.kdbench("--json")
+    assert result.returncode == 7
+    (reason,) = json.loads(result.stdout)["verdict"]["reasons"]
+    assert reason.startswith("accuracy: ")
+    assert "(limit 10)" in reason
+
+
+def test_too_slow_for_the_minima_is_invalid(bundle):
+    result = bundle.kdbench("--min-samples=100000000", "--max-seconds=0.3", "--json")
+    assert result.returncode == 7
+    (reason,) = json.loads(result.stdout)["verdict"]["reasons"]
+    assert reason.startswith("Offline measured ")
+    assert "of 1e+08 samples" in reason
+
+
+def test_repeats_give_a_spread(bundle, tmp_path):
+    found = bundle.measured("--repeats=3", f"--samples={tmp_path / 's.npz'}")
+    samples = np.load(tmp_path / "s.npz")
+    ends = samples["repeat_ends"]
+    parts = np.split(samples["all_ns"], ends[:-1])
+    p90 = [np.sort(part)[int(0.9 * len(part))] for part in parts]
+    assert found["stability"]["spread_p90"] == pytest.approx(np.ptp(p90) / np.median(p90))
+    assert found["stability"]["spread_throughput"] > 0
+    assert found["throughput"]["n"] == sum(
+        len(samples[f"offline_single_{repeat}_done_ns"]) for repeat in range(3)
+    )
+
+
+def test_a_soak_has_a_line_for_every_minute(bundle):
+    result = bundle.kdbench("--soak", "0.01", "--scenario=offline")
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("soak")]
+    assert "minute   1" in line
+    assert "host-emulation" in line
+
+
+def test_wrong_words_are_refused_before_anything_is_read(bundle):
+    for words in (("--min-queries=0",), ("--min-seconds=-1",), ("--scenario=server",)):
+        result = bundle.kdbench(*words)
+        assert (result.returncode, "error:" in result.stderr) == (2, True)
+    result = bundle.kdbench("--device=metis-0:1:0")
+    assert (result.returncode, "without a device" in result.stderr) == (2, True)

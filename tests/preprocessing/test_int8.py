@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from preprocessing.int8 import TensorSpec, dequantize, from_device, quantize, to_device
+from preprocessing.int8 import (
+    InputBuffer,
+    OutputBuffer,
+    TensorSpec,
+    dequantize,
+    from_device,
+    quantize,
+    to_device,
+)
 
 SPEC = TensorSpec(
     name="input",
@@ -58,3 +66,27 @@ def test_a_wrong_shape_is_called_by_the_tensors_name():
         to_device(np.ones((2, 3, 5, 4), np.float32), SPEC)
     with pytest.raises(ValueError, match="'input' is"):
         from_device(np.ones((2, 7, 6, 3), np.int8), SPEC)
+
+
+@given(st.integers(0, 2**32))
+def test_buffers_that_are_used_again_give_what_new_ones_give(seed):
+    random = np.random.default_rng(seed)
+    source, target = InputBuffer(SPEC), OutputBuffer(SPEC)
+    for _ in range(3):
+        tensor = random.normal(0, 20, (2, 3, 4, 5)).astype(np.float32)
+        kept = tensor.copy()
+        codes = source.fill(tensor)
+        np.testing.assert_array_equal(codes, to_device(tensor, SPEC))
+        np.testing.assert_array_equal(tensor, kept)
+        # Written out anew from the formula, in other steps than the code takes.
+        padded = np.full(SPEC.shape, -5.0)
+        exact = (tensor / np.float32(0.25) - np.float32(5)).transpose(0, 2, 3, 1)
+        padded[:, 1:5, :5, :3] = np.clip(np.round(exact), -128, 127)
+        np.testing.assert_array_equal(codes, padded)
+        target.codes[...] = codes
+        np.testing.assert_array_equal(target.read(), from_device(codes, SPEC))
+
+
+def test_a_buffer_takes_one_shape():
+    with pytest.raises(ValueError, match=r"takes \(2, 4, 5, 3\) \(NHWC\) before padding"):
+        InputBuffer(SPEC).fill(np.zeros((2, 3, 4, 4), np.float32))
