@@ -49,6 +49,7 @@ class Rewrite:
     node: str  # the node, or the input or output of the graph, that was changed
     words: str
     max_abs_difference: float  # of any output; all changes of one name are proven together
+    share_of_range: float  # the same, relative to the output's range
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Legalized:
     def lines(self) -> list[str]:
         """The rewrites as a terminal shows them."""
         return [
-            f"rewrite   {r.name:<16} {r.node}: {r.words} (differs by {r.max_abs_difference:.2g})"
+            f"rewrite   {r.name:<16} {r.node}: {r.words} "
+            f"(differs by {r.max_abs_difference:.2g}, {r.share_of_range:.2g} of the range)"
             for r in self.rewrites
         ]
 
@@ -197,7 +199,7 @@ class _Work:
             )
         self.model, self._answers = model, answers
         self.cut.update(cut or {})
-        self.done += [Rewrite(name, where, words, difference) for where, words in changes]
+        self.done += [Rewrite(name, where, words, difference, share) for where, words in changes]
 
     def total_difference(self) -> float:
         """Between the first graph and the present one."""

@@ -42,7 +42,9 @@ class NodeReport:
     def line(self) -> str:
         """One line of a terminal table."""
         shape = "x".join(str(size) if size else "?" for size in self.shape)
-        words = "; ".join(part for part in (self.reason, self.cure) if part)
+        rule = f"rule: {self.rule}" if self.verdict == "refused" else ""
+        cure = f"cure: {self.cure}" if self.cure else ""
+        words = "; ".join(part for part in (self.reason, rule, cure) if part)
         return (
             f"{self.verdict:<9} {self.op_type:<20} {shape:<16} {self.macs / 1e6:>9.2f}  {self.name}"
             + (f": {words}" if words else "")
@@ -81,6 +83,18 @@ class OperatorReport:
         """Share of the multiply-accumulates that the chip does, 0..1."""
         on_chip = sum(node.macs for node in self.nodes if node.verdict == "chip")
         return on_chip / self.macs if self.macs else 0.0
+
+    def refusal(self, what: str) -> str:
+        """Why Metis can't run `what`, in one line; empty when it can, after exact rewrites."""
+        if not self.fatal:
+            return ""
+        first, count = self.fatal[0], len(self.fatal)
+        return (
+            f"Metis can't run {what}: "
+            + (f"{count} nodes are refused, the first is " if count > 1 else "it refuses ")
+            + f"{first.op_type} {first.name}: {first.reason}"
+            + (f" ({first.cure})" if first.cure else "")
+        )
 
     def lines(self) -> Iterator[str]:
         """A table for a terminal: one node per line, then what they sum up to."""

@@ -10,7 +10,6 @@ Errors that users can cause, and the exit status each has (CONVENTIONS.md 1.2):
       BusyError           pipeline/runner.py          3
     RuntimeError
       StageError          pipeline/stage.py           1
-        KdbenchError      pipeline/device_run.py      that of kdbench.py
       ExtraMissingError   pipeline/stage.py           5
       GateError           pipeline/runner.py          4, or 7 for the benchmark's verdict
       ParityError         here                        4
@@ -33,7 +32,6 @@ import click
 
 from metis.backend import BackendError, BackendMissingError
 from pipeline.config import DEFAULT_CONFIG, ConfigError, load_config, nearest
-from pipeline.device_run import KdbenchError
 from pipeline.launch import follow, is_follower, leading
 from pipeline.manifest import ManifestError
 from pipeline.report import parse_report, summary_lines
@@ -84,7 +82,7 @@ def main() -> None:
     except click.exceptions.Abort as error:  # what click makes of KeyboardInterrupt
         terminated = isinstance(error.__cause__, Terminated)
         _fail("interrupted; `kdpipe run` does what is left", 143 if terminated else 130)
-    except (GateError, KdbenchError) as error:
+    except GateError as error:
         _fail(str(error), error.status)
     except Exception as error:
         if debug:

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from metis.legalizer import RewriteError, legalize
 from pipeline.checkpoints import load_weights
 from pipeline.recipe import ALIASES
 from pipeline.stage import InputError, StageError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from metis.legalizer import Legalized
     from preprocessing.contract import StudentInput
 
 #: What Metis compilers take; torch's newer exporter starts at 18.
@@ -55,22 +57,48 @@ def build_student(
             f"distill.student: {name} means {network_name} at {size}x{size}, but "
             f"ingest.student.size is {height}; change one, or write {network_name}"
         )
+    try:
+        network = create_network(
+            network_name,
+            (len(given.bands), height, width),
+            classes,
+            seed=seed,
+            stem_stride=stem_stride,
+        )
+    except InputError as error:
+        raise InputError(f"distill.student: {error}") from error
+    if init is not None:
+        load_weights(network, init, f"distill.student {name}", but_head=True)
+    return network
+
+
+def create_network(
+    name: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    *,
+    seed: int,
+    stem_stride: int | None = None,
+) -> nn.Module:
+    """An untrained timm network that takes inputs of shape (C, H, W).
+
+    Raises:
+        InputError: it does not take them.
+    """
+    channels, height, width = shape
     torch.manual_seed(seed)
     try:
         network: nn.Module = timm.create_model(
-            network_name, pretrained=False, num_classes=classes, in_chans=len(given.bands)
+            name, pretrained=False, num_classes=classes, in_chans=channels
         )
         if stem_stride is not None:
             _set_stem_stride(network, stem_stride)
         with torch.no_grad():
-            network.eval()(torch.zeros(1, len(given.bands), height, width))
+            network.eval()(torch.zeros(1, *shape))
     except Exception as error:  # networks refuse sizes in their own ways
         raise InputError(
-            f"distill.student: {name} does not take {len(given.bands)} channels at "
-            f"{height}x{width}: {error}"
+            f"{name} does not take {channels} channels at {height}x{width}: {error}"
         ) from error
-    if init is not None:
-        load_weights(network, init, f"distill.student {name}", but_head=True)
     return network
 
 
@@ -85,17 +113,42 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
-def export_student(network: nn.Module, given: StudentInput, path: Path) -> None:
-    """Write the network as ONNX: opset 17, NCHW, batch 1, input `input`, output `logits`.
+def export_student(
+    network: nn.Module,
+    given: StudentInput,
+    path: Path,
+    tensors: NDArray[np.float32] | None = None,
+) -> Legalized:
+    """Write a network for the student's input as ONNX. See `export_network`."""
+    return export_network(network, (len(given.bands), *given.size_hw), path, tensors)
+
+
+def export_network(
+    network: nn.Module,
+    shape: tuple[int, int, int],
+    path: Path,
+    tensors: NDArray[np.float32] | None = None,
+) -> Legalized:
+    """Write a network as ONNX in the form that the chip takes: opset 17, NCHW, batch 1.
+
+    Its input is `input`, its output `logits`.
+
+    Args:
+        network: of torch.
+        shape: of its input, (C, H, W).
+        path: the file to write.
+        tensors: (N, C, H, W), real inputs on which the rewrites for the chip are proven too.
+
+    Returns:
+        What was rewritten for the chip, and what of it is refused all the same.
 
     Raises:
-        StageError: the simplified graph is not proven equal to the exported one.
+        StageError: the simplified or the rewritten graph is not proven equal to the exported one.
     """
     network.eval()
-    example = torch.zeros(1, len(given.bands), *given.size_hw)
     torch.onnx.export(
         network,
-        (example,),
+        (torch.zeros(1, *shape),),
         str(path),
         opset_version=OPSET,
         dynamo=False,
@@ -105,8 +158,13 @@ def export_student(network: nn.Module, given: StudentInput, path: Path) -> None:
     simplified, proven = onnxsim.simplify(onnx.load(path))
     if not proven:
         raise StageError("onnxsim could not prove the simplified student equal to the exported one")
-    onnx.checker.check_model(simplified, full_check=True)
-    onnx.save(simplified, path)
+    try:
+        legalized = legalize(simplified, [] if tensors is None else list(tensors[:, None]))
+    except RewriteError as error:
+        raise StageError(f"the student's graph, rewritten for the chip: {error}") from error
+    onnx.checker.check_model(legalized.model, full_check=True)
+    onnx.save(legalized.model, path)
+    return legalized
 
 
 def torch_logits(

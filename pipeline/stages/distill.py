@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from pipeline.stage import Facts, Gate, InputError, Job, Stage, require_extra
 
 if TYPE_CHECKING:
     from pipeline.training import Task
+
+#: Validation samples on which the rewrites of the exported graph are proven, besides random inputs.
+PROOF_SAMPLES = 16
 
 
 def sources(params: DistillParams, root: Path) -> dict[str, Path]:
@@ -27,14 +31,20 @@ def run(job: Job, params: DistillParams) -> Facts:
 
     classes = len(load_contract(job.inputs["contract"]).labels)
     tasks = {name: _task(job, params, classes, name) for name in ("student", *params.baselines)}
+    if params.quantization_aware.share:
+        tasks["student"] = replace(tasks["student"], params=float_part(params))
     operators = _check_operators(job, params, tasks["student"])
     found = train_all(list(tasks.values()), job.scratch.parents[1], job.progress)
     training = job.outputs["training"]
     training.mkdir()
     facts: dict[str, Facts] = {}
     for (name, task), trained in zip(tasks.items(), found, strict=True):
+        if name == "student" and params.quantization_aware.share:
+            facts[name] = _last_part(job, params, task, trained)
+            continue
         onnx = job.outputs["student"] if name == "student" else training / f"{name}.onnx"
         facts[name] = {**trained, **_exported(job, task, training, onnx, name)}
+    operators["rewrites"] = facts["student"].pop("rewrites")
     return {
         **facts.pop("student"),
         "student": params.student,
@@ -63,24 +73,46 @@ def _task(job: Job, params: DistillParams, classes: int, name: str) -> Task:
     )
 
 
+def _last_part(job: Job, params: DistillParams, before: Task, trained: Facts) -> Facts:
+    """Go on with the folded student on the int8 grid; measure what that changed."""
+    from pipeline.quantization_aware import Start
+    from pipeline.training import train_all
+
+    training = job.outputs["training"]
+    folded = training / "folded.onnx"
+    first = {**trained, **_exported(job, before, training, folded, "float")}
+    start = Start.write(before, folded, job.scratch)
+    tasks = {"after": start.task(before, params, "quantization_aware", on_grid=True)}
+    if params.quantization_aware.control:
+        tasks["control"] = start.task(before, params, "control", on_grid=False)
+    found = train_all(list(tasks.values()), job.scratch.parents[1], job.progress)
+    facts: dict[str, Facts] = {"before": {**first, "int8": start.int8_facts(before, folded)}}
+    for (name, task), trained in zip(tasks.items(), found, strict=True):
+        onnx = job.outputs["student"] if name == "after" else training / f"{name}.onnx"
+        prefix = "student" if name == "after" else name
+        facts[name] = {**trained, **_exported(job, task, training, onnx, prefix)}
+        facts[name]["int8"] = start.int8_facts(task, onnx)
+    after = facts["after"]
+    return {
+        **{key: value for key, value in after.items() if key != "int8"},
+        "rewrites": facts["before"].pop("rewrites"),
+        **{key: first[key] + after[key] for key in ("epochs", "steps")},
+        "best_epoch": first["epochs"] + after["best_epoch"],
+        "quantization_aware": {"samples": start.count, **facts},
+    }
+
+
 def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, Any]:
     """Export the untrained student and see whether the chip can run it."""
-    import onnx
-
-    from metis.operators import check_model
     from pipeline.students import export_student
 
     path = job.scratch / "untrained.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
-    export_student(task.network(), task.given, path)
-    report = check_model(onnx.load(path))
+    report = export_student(task.network(), task.given, path).report
     if report.fatal and params.check_operators:
-        first = report.fatal[0]
         raise InputError(
-            f"distill.student: Metis can't run {params.student}: {len(report.fatal)} nodes are "
-            f"refused, the first is {first.op_type} {first.name}: {first.reason}"
-            + (f" ({first.cure})" if first.cure else "")
-            + "; choose another network, or set distill.check_operators: false"
+            f"distill.student: {report.refusal(params.student)}"
+            "; choose another network, or set distill.check_operators: false"
         )
     return {
         "macs": report.macs,
@@ -106,9 +138,9 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
         if file.is_file():
             shutil.copyfile(file, training / f"{prefix}{file.name}")
     student = trained(task)
-    export_student(student, task.given, onnx)
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
     tensors = student_tensor(val.images, task.given)
+    legalized = export_student(student, task.given, onnx, tensors[:PROOF_SAMPLES])
     by_torch, by_onnx = torch_logits(student, tensors), reference_logits(onnx, tensors)
     return {
         "parameters": parameter_count(student),
@@ -117,6 +149,7 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
         "measured_on": "host-float",
         "n_val": len(val.labels),
         "export": compare_export(by_torch, by_onnx),
+        "rewrites": legalized.facts(),
     }
 
 
@@ -170,5 +203,5 @@ STAGE = Stage(
     gates=gates,
     ready=ready,
     tools=lambda params: ("torch", "timm", "onnxsim"),
-    code_version=2,
+    code_version=3,
 )

@@ -1,6 +1,8 @@
+import onnx
 import pytest
 import timm
 
+from metis.operators import check_model
 from pipeline.recipe import ALIASES, DistillParams, FeatureParams, loss_in_words
 from pipeline.stage import InputError
 from pipeline.stages.distill import gates, ready, timm_networks
@@ -81,3 +83,36 @@ def test_the_same_seed_gives_the_same_student(finished):
     before = finished.manifest["artifacts"]["student"]["sha256"]
     assert finished.kdpipe("run", "--stage", "distill", "--force").returncode == 0
     assert finished.manifest["artifacts"]["student"]["sha256"] == before
+
+
+def test_a_network_that_metis_can_not_run_is_refused_before_training(project):
+    """Unless somebody says that it does not matter; the record keeps what is refused."""
+    words = ("run", "--to", "distill", "--set", "distill.student=test_efficientnet_gn")
+    result = project.kdpipe(*words)
+    assert result.returncode == 3
+    assert "distill.student: Metis can't run test_efficientnet_gn:" in result.stderr
+    assert "epoch" not in result.stderr
+    result = project.kdpipe(*words, "--set", "distill.check_operators=false")
+    assert result.returncode == 0, result.stderr
+    operators = project.manifest["stages"]["distill"]["facts"]["operators"]
+    assert any("InstanceNormalization" in line for line in operators["refused"])
+    assert operators["rewrites"] == []
+
+
+def test_the_students_graph_is_rewritten_for_the_chip_and_the_record_says_how(project):
+    """The gates of MobileNetV3 are averages that are not in the list of operators."""
+    result = project.kdpipe(
+        "run", "--to", "distill", "--set", "distill.student=mobilenetv3_small_050"
+    )
+    assert result.returncode == 0, result.stderr
+    operators = project.manifest["stages"]["distill"]["facts"]["operators"]
+    assert (operators["refused"], operators["share_on_chip"]) == ([], 1.0)
+    model = onnx.load(project.artifact("student"))
+    assert check_model(model).refused == []
+    pools = [node.name for node in model.graph.node if node.op_type == "GlobalAveragePool"]
+    done = [entry["node"] for entry in operators["rewrites"] if entry["name"] == "global pool"]
+    assert done
+    assert set(done) <= set(pools)
+    for entry in operators["rewrites"]:
+        assert entry["words"] == "ReduceMean -> GlobalAveragePool"
+        assert entry["share_of_range"] <= 1e-5
