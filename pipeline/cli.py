@@ -10,6 +10,7 @@ Errors that users can cause, and the exit status each has (CONVENTIONS.md 1.2):
       BusyError           pipeline/runner.py          3
     RuntimeError
       StageError          pipeline/stage.py           1
+        KdbenchError      pipeline/device_run.py      that of kdbench.py
       ExtraMissingError   pipeline/stage.py           5
       GateError           pipeline/runner.py          4, or 7 for the benchmark's verdict
       ParityError         here                        4
@@ -32,6 +33,7 @@ import click
 
 from metis.backend import BackendError, BackendMissingError
 from pipeline.config import DEFAULT_CONFIG, ConfigError, load_config, nearest
+from pipeline.device_run import KdbenchError
 from pipeline.launch import follow, is_follower, leading
 from pipeline.manifest import ManifestError
 from pipeline.report import parse_report, summary_lines
@@ -82,7 +84,7 @@ def main() -> None:
     except click.exceptions.Abort as error:  # what click makes of KeyboardInterrupt
         terminated = isinstance(error.__cause__, Terminated)
         _fail("interrupted; `kdpipe run` does what is left", 143 if terminated else 130)
-    except GateError as error:
+    except (GateError, KdbenchError) as error:
         _fail(str(error), error.status)
     except Exception as error:
         if debug:
@@ -315,6 +317,36 @@ def label(
     state.digests.save()
     if check and missing:
         raise InputError(f"{missing} blocks are missing; `kdpipe run` or another shard makes them")
+
+
+@commands.command()
+@click.argument("dest", type=click.Path(path_type=Path))
+@_config_options
+@click.option("--tar", is_flag=True, help="Also write DEST.tar.gz; its bytes depend on DEST alone.")
+@_debug_option
+def bundle(
+    dest: Path,
+    config: Path,
+    run_name: str | None,
+    changes: Sequence[str],
+    tar: bool,
+    debug: bool,
+) -> None:
+    """Write the folder that travels to the device: compiled model, checks, kdbench.py.
+
+    It needs Python, numpy and the model's runtime there, and nothing of kdpipe.
+    """
+    from pipeline.bundle import pack_bundle, write_whole
+
+    stages = load_stages()
+    settings = load_config(config, stages, changes=changes, run=run_name)
+    runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
+    runner.require_inputs("benchmark")
+    written = write_whole(runner.state, dest)
+    click.echo(f"wrote {_beside_here(dest)}: {written} files; python3 kdbench.py in it does the rest")
+    if tar:
+        archive = dest.with_name(f"{dest.name}.tar.gz")
+        click.echo(f"wrote {_beside_here(archive)}: sha256 {pack_bundle(dest, archive)}")
 
 
 @commands.command()
