@@ -87,9 +87,9 @@ def grid(lo: float, hi: float) -> tuple[np.float32, int]:
     Raises:
         RangeError: the range is not finite, or runs backwards.
     """
-    lo, hi = min(lo, 0.0), max(hi, 0.0)
     if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
         raise RangeError(f"{lo} to {hi} is no range")
+    lo, hi = min(lo, 0.0), max(hi, 0.0)
     scale = np.float32((hi - lo) / 255)
     if scale < np.finfo(np.float32).tiny:  # nothing but zeros was seen
         return np.float32(1.0), -128

@@ -8,32 +8,16 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
-
 from integer_network import run
+from networks import residual_network, student, weights
+from onnx import helper, numpy_helper
+
 from metis import emulator, int8
 from metis.folding import prepare
 from metis.quantizer import quantized_graph, watch
 from metis.ranges import choose
 
 RANDOM = np.random.default_rng
-
-
-def student(nodes, shape, constants, out_rank=4):
-    """A float graph from `input` to `logits`."""
-    graph = helper.make_graph(
-        nodes,
-        "student",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, *shape])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [None] * out_rank)],
-        [numpy_helper.from_array(v, n) for n, v in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
-
-
-def weights(random, *shape):
-    return random.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape).astype(np.float32)
 
 
 def int8_graph(model, frames, observer="min_max", scheme="per_tensor_min_max"):
@@ -129,62 +113,16 @@ def test_element_wise(kind, partner):
     assert_bit_exact(student(nodes, (6, 7, 7), constants), frames)
 
 
-def network(seed, channels=8, side=12, classes=7):
-    """Stem, inverted residual with squeeze and excite, concat, pool, classifier."""
-    random = RANDOM(seed)
-    c, wide = channels, 3 * channels
-    constants = {
-        "w1": weights(random, c, 3, 3, 3),
-        "b1": weights(random, c),
-        "w2": weights(random, wide, c, 1, 1),
-        "b2": weights(random, wide),
-        "w3": weights(random, wide, 1, 3, 3),
-        "b3": weights(random, wide),
-        "w4": weights(random, c, wide, 1, 1),
-        "b4": weights(random, c),
-        "w5": weights(random, c, wide, 1, 1),
-        "b5": weights(random, c),
-        "w6": weights(random, wide, c, 1, 1),
-        "w7": weights(random, classes, 2 * c),
-        "b7": weights(random, classes),
-    }
-    make = helper.make_node
-    nodes = [
-        make("Conv", ["input", "w1", "b1"], ["c1"], pads=[1, 1, 1, 1], strides=[2, 2]),
-        make("HardSwish", ["c1"], ["a1"]),
-        make("Conv", ["a1", "w2", "b2"], ["c2"]),
-        make("Relu", ["c2"], ["a2"]),
-        make("Conv", ["a2", "w3", "b3"], ["c3"], pads=[1, 1, 1, 1], group=wide),
-        make("Clip", ["c3", "zero", "six"], ["a3"]),
-        make("GlobalAveragePool", ["a3"], ["pooled"]),
-        make("Conv", ["pooled", "w5", "b5"], ["c5"]),
-        make("Relu", ["c5"], ["a5"]),
-        make("Conv", ["a5", "w6"], ["c6"]),
-        make("HardSigmoid", ["c6"], ["gate"], alpha=1 / 6, beta=0.5),
-        make("Mul", ["a3", "gate"], ["gated"]),
-        make("Conv", ["gated", "w4", "b4"], ["c4"]),
-        make("Add", ["c4", "a1"], ["sum"]),
-        make("Concat", ["sum", "a1"], ["both"], axis=1),
-        make("MaxPool", ["both"], ["small"], kernel_shape=[2, 2], strides=[2, 2]),
-        make("GlobalAveragePool", ["small"], ["mean"]),
-        make("Flatten", ["mean"], ["flat"]),
-        make("Gemm", ["flat", "w7", "b7"], ["logits"], transB=1),
-    ]
-    constants |= {"zero": np.float32(0), "six": np.float32(6)}
-    constants = {n: np.asarray(v) for n, v in constants.items()}
-    return student(nodes, (3, side, side), constants, out_rank=2)
-
-
 @pytest.mark.parametrize("observer", ["min_max", "mse", "percentile", "entropy"])
 @pytest.mark.parametrize("seed", range(3))
 def test_whole_networks(seed, observer):
     frames = RANDOM(seed + 9).normal(0, 1.5, (16, 3, 12, 12)).astype(np.float32)
-    assert_bit_exact(network(seed), frames, observer)
+    assert_bit_exact(residual_network(seed), frames, observer)
 
 
 def test_threads_and_batches_change_no_bit():
     frames = RANDOM(1).normal(0, 1.5, (24, 3, 12, 12)).astype(np.float32)
-    quantized = int8_graph(network(0), frames)
+    quantized = int8_graph(residual_network(0), frames)
     fed = on_grid(quantized, frames)
     results = {
         (threads, batch): np.concatenate(
@@ -202,7 +140,7 @@ def test_threads_and_batches_change_no_bit():
 def test_every_convolution_runs_as_an_integer_kernel(tmp_path):
     """A graph that onnxruntime would not fuse would pass for slow floats."""
     frames = RANDOM(1).normal(0, 1.5, (4, 3, 12, 12)).astype(np.float32)
-    quantized = int8_graph(network(0), frames)
+    quantized = int8_graph(residual_network(0), frames)
     chosen = ort.SessionOptions()
     chosen.log_severity_level = 3
     for key, value in emulator.EXACT.items():
@@ -238,7 +176,7 @@ def test_a_wrong_kernel_falls_back_to_the_float_simulation(monkeypatch):
     words, options = emulator.arithmetic("per_tensor_histogram")
     assert "failed the self-test" in words
     frames = RANDOM(1).normal(0, 1.5, (8, 3, 12, 12)).astype(np.float32)
-    quantized = int8_graph(network(0), frames)
+    quantized = int8_graph(residual_network(0), frames)
     fed = on_grid(quantized, frames)
     simulated = session(quantized, options).run(None, {"input": fed})[0]
     exact = session(quantized).run(None, {"input": fed})[0]
