@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 from metis.backend import CompiledModel, QuantizedModel, open_backend
 from pipeline.manifest import folder_files
-from pipeline.stage import StageError
+from pipeline.stage import InputError, StageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from pipeline.staleness import RunState
 
 SCHEMA = 2
 
@@ -59,7 +61,7 @@ def assemble_bundle(
 
     Args:
         inputs: the artifacts of `BUNDLED`, verified.
-        into: folder to make.
+        into: folder to fill, or to make.
         golden_samples: validation images that prove the bundle where it runs.
         limits: what kdbench accepts there.
         progress: called with the number of test images that the float student has just answered.
@@ -67,6 +69,7 @@ def assemble_bundle(
     from preprocessing.contract import load_contract
 
     compiled = CompiledModel.load(inputs["compiled_model"])
+    into.mkdir(exist_ok=True)
     shutil.copytree(compiled.path, into / "model")
     for name in ("contract", "student_input", "labels"):
         shutil.copyfile(inputs[name], into / inputs[name].name)
@@ -102,6 +105,38 @@ def assemble_bundle(
         "files": files,
     }
     (into / "bundle.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def write_whole(state: RunState, dest: Path) -> int:
+    """The bundle of a run that is compiled; all of it, or nothing.
+
+    Args:
+        state: of the run; its artifacts were examined.
+        dest: folder to make.
+
+    Returns:
+        How many files it has.
+
+    Raises:
+        InputError: there is something already, or it can't be written there.
+    """
+    if dest.exists():
+        raise InputError(f"{dest} exists; choose another name, or remove it")
+    artifacts = {name: state.artifact(name) for name in BUNDLED}
+    inputs = {name: state.folder / found.path for name, found in artifacts.items() if found}
+    params = state.config.params["benchmark"]
+    partial = dest.with_name(f".{dest.name}.partial")
+    try:
+        partial.mkdir(parents=True)
+        assemble_bundle(
+            inputs, partial, golden_samples=params.golden_samples, limits=params.bundle_limits
+        )
+        partial.replace(dest)
+    except OSError as error:
+        raise InputError(f"can't write {dest}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sum(1 for _ in folder_files(dest))
 
 
 def _golden(inputs: Mapping[str, Path], count: int) -> dict[str, NDArray[np.generic]]:
@@ -152,12 +187,15 @@ def _save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     numpy.savez(path, allow_pickle=False, **arrays)
 
 
-def pack_bundle(folder: Path, archive: Path) -> None:
+def pack_bundle(folder: Path, archive: Path) -> str:
     """Write the folder as a .tar.gz whose bytes depend on its files and its name alone.
 
     Args:
         folder: the bundle.
         archive: file to write; it holds one folder, named as `folder` is.
+
+    Returns:
+        sha256 of the archive.
     """
     with (
         archive.open("wb") as out,
@@ -165,12 +203,14 @@ def pack_bundle(folder: Path, archive: Path) -> None:
         gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
-        for file in sorted(folder_files(folder)):
-            entry = tarfile.TarInfo(f"{folder.name}/{file.relative_to(folder).as_posix()}")
+        files = {file.relative_to(folder).as_posix(): file for file in folder_files(folder)}
+        for name, file in sorted(files.items()):
+            entry = tarfile.TarInfo(f"{folder.name}/{name}")
             entry.size = file.stat().st_size
             entry.mode = 0o644
             with file.open("rb") as source:
                 tar.addfile(entry, source)
+    return sha256(archive.read_bytes()).hexdigest()
 
 
 def _deploy_folder() -> Path:

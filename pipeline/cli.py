@@ -343,7 +343,7 @@ def bundle(
     runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
     runner.require_inputs("benchmark")
     written = write_whole(runner.state, dest)
-    click.echo(f"wrote {_beside_here(dest)}: {written} files; python3 kdbench.py in it does the rest")
+    click.echo(f"wrote {_beside_here(dest)}: {written} files; start with python3 kdbench.py there")
     if tar:
         archive = dest.with_name(f"{dest.name}.tar.gz")
         click.echo(f"wrote {_beside_here(archive)}: sha256 {pack_bundle(dest, archive)}")

@@ -149,7 +149,7 @@ class Runner:
             self.state = RunState(self.config, self.stages)
             for name in selected:
                 state = self.state.examine()[name]
-                self._require_inputs(name)
+                self.require_inputs(name)
                 if state.state == "fresh" and not force:
                     self._echo(f"{name:<10} fresh    {state.reason}")
                 else:
@@ -183,7 +183,7 @@ class Runner:
             holder.unlink(missing_ok=True)
             lock.release()
 
-    def _require_inputs(self, name: str) -> None:
+    def require_inputs(self, name: str) -> None:
         """Refuse to run a stage whose inputs are missing, stale or damaged; say what makes them."""
         states = self.state.examine()
         for needed in self.stages[name].inputs:
