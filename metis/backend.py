@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -24,6 +24,9 @@ BACKENDS = {"emulator": "metis.emulator:Emulator", "voyager": "metis.voyager:Voy
 #: Distributions whose version can change what a backend makes.
 _TOOLS = {"emulator": ("onnxruntime",), "voyager": ("axelera-devkit",)}
 
+#: Backends that drive an SDK, which may lie in another interpreter than ours.
+_WITH_SDK = ("voyager",)
+
 
 class BackendError(RuntimeError):
     """A backend could not quantize, run or compile a model."""
@@ -31,6 +34,14 @@ class BackendError(RuntimeError):
 
 class BackendMissingError(BackendError):
     """What the backend needs is not installed here, or too old."""
+
+
+@dataclass(frozen=True)
+class SdkOptions:
+    """What a user asks of an SDK beyond scheme and cores; the emulator has no use for it."""
+
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of its configuration
+    time_limit_s: float = 14_400.0  # for one piece of work; vendors speak of hours for big models
 
 
 @dataclass(frozen=True)
@@ -147,9 +158,15 @@ class Backend(Protocol):
         """Lower the int8 model to device code, and prove that it loads where it can be run."""
 
 
-def backend_tools(name: str) -> tuple[str, ...]:
-    """The distributions whose version can change what this backend makes."""
-    return _TOOLS[name]
+def backend_tools(name: str) -> tuple[str, ...] | dict[str, str | None]:
+    """The distributions whose version can change what this backend makes.
+
+    For a backend with an SDK also their versions in the SDK's interpreter, null where it has none.
+    """
+    if name not in _WITH_SDK:
+        return _TOOLS[name]
+    versions = open_backend(name).probe().versions
+    return {tool: versions.get(tool) for tool in _TOOLS[name]}
 
 
 def require_backend(name: str) -> None:
@@ -163,8 +180,12 @@ def require_backend(name: str) -> None:
         raise BackendMissingError(probe.missing)
 
 
-def open_backend(name: str) -> Backend:
+def open_backend(name: str, options: SdkOptions | None = None) -> Backend:
     """The backend of this name; its module is imported now, not before.
+
+    Args:
+        name: one of `BACKENDS`.
+        options: for the SDK, where the backend has one.
 
     Raises:
         ValueError: no such backend; the message lists those there are.
@@ -172,4 +193,5 @@ def open_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")
-    return cast("Backend", getattr(import_module(module), attribute)())
+    maker = getattr(import_module(module), attribute)
+    return cast("Backend", maker(options) if name in _WITH_SDK else maker())

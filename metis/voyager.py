@@ -1,51 +1,63 @@
-"""The backend on Axelera's Voyager SDK. So far it finds the SDK; it does not drive it yet."""
+"""The backend on Axelera's Voyager SDK, releases 1.6 to 1.8. Never imports the SDK.
+
+Every verb is one child process in the SDK's interpreter, see `metis.sdk_child`; what the SDK says
+there goes to the log of the stage.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, NoReturn
+import json
+import logging
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from metis.backend import BackendMissingError, Probe
+from metis.backend import (
+    SCHEMES,
+    BackendError,
+    CompiledModel,
+    Probe,
+    QuantizedModel,
+    SdkOptions,
+)
+from metis.sdk_artifacts import Artifacts, collect
+from metis.sdk_child import find_interpreter, work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from metis.backend import QuantizedModel
+#: Share of a chip's memory for each core; more, and four instances don't fit beside each other.
+RESOURCES_PER_CORE = 0.25
 
-#: Distributions of the SDK, 1.6 and later; both must be of one release.
-DISTRIBUTIONS = ("axelera-devkit", "axelera-rt")
+#: Name of the model inside the SDK. Names of known networks would select the SDK's own presets.
+MODEL_NAME = "student"
 
-NOT_DRIVEN = (
-    "this release of kdpipe does not drive the Voyager SDK yet; "
-    "compile.backend: emulator runs the whole pipeline on this machine"
-)
+#: In the folder of a quantized model: what the SDK exported, the float ONNX, how it was made.
+EXPORT, FLOAT_ONNX, RECORD = "sdk", "student.onnx", "sdk.json"
+
+log = logging.getLogger("kdpipe.voyager")
 
 
 class Voyager:
-    """Finds the SDK in the current interpreter."""
+    """Drives the SDK that `compile.sdk_python`, $KDPIPE_SDK_PYTHON or this interpreter has."""
 
     name = "voyager"
 
+    def __init__(self, options: SdkOptions | None = None) -> None:
+        self._options = options or SdkOptions()
+
     def probe(self) -> Probe:
-        """Which of the SDK's packages are installed. See `Backend`."""
-        versions = {}
-        for name in DISTRIBUTIONS:
-            try:
-                versions[name] = version(name)
-            except PackageNotFoundError:
-                continue
-        if "axelera-devkit" not in versions:
-            return Probe(
-                False,
-                versions,
-                "the Voyager SDK is not installed: pip install axelera-devkit axelera-rt (same "
-                "release, 1.6 to 1.8) from Axelera's package index, Python 3.10 to 3.13",
-            )
-        return Probe(False, versions, NOT_DRIVEN)
+        """Releases of devkit, rt, Python and torch in the SDK's interpreter. See `Backend`."""
+        found = find_interpreter()
+        versions = dict(found.versions) if "axelera-devkit" in found.versions else {}
+        if not found.problem and not found.axkernelcc:
+            log.warning("axkernelcc, which compile() starts, is not among %s", found.scripts)
+        return Probe(not found.problem, versions, found.problem)
 
     def quantize(
         self,
@@ -55,14 +67,160 @@ class Voyager:
         *,
         scheme: str,
         progress: Callable[[int], object] = lambda n: None,
-    ) -> NoReturn:
-        """See `Backend`."""
-        raise BackendMissingError(self.probe().missing)
+        ranges: Path | None = None,
+    ) -> QuantizedModel:
+        """Let the SDK observe the samples, and keep its export. See `Backend`."""
+        if scheme not in SCHEMES:
+            raise BackendError(f"the SDK has no scheme {scheme!r}; use {', '.join(SCHEMES)}")
+        with self._folder(into.parent) as folder:
+            said = self._work(
+                "quantize",
+                folder,
+                progress,
+                student=str(student.absolute()),
+                samples=str(samples.absolute()),
+                settings=_settings(scheme, cores=1),
+                export=EXPORT,
+            )
+            into.mkdir(parents=True)
+            shutil.move(folder / "work" / EXPORT, into / EXPORT)
+        shutil.copyfile(student, into / FLOAT_ONNX)
+        interpreter = find_interpreter()
+        record = {"versions": interpreter.versions, **said}
+        (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        made = QuantizedModel(
+            path=into,
+            entry=EXPORT,
+            backend=self.name,
+            version=interpreter.release,
+            scheme=scheme,
+            inputs=(),  # the SDK decides on layout and padding when it compiles
+            outputs=(),
+        )
+        made.save()
+        return made
 
-    def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NoReturn:
-        """See `Backend`."""
-        raise BackendMissingError(self.probe().missing)
+    def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the SDK's quantized model on this machine's CPU. See `Backend`."""
+        import numpy as np
 
-    def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> NoReturn:
-        """See `Backend`."""
-        raise BackendMissingError(self.probe().missing)
+        with self._folder(None) as folder:
+            tensors, logits = folder / "inputs.npy", folder / "logits.npy"
+            np.save(tensors, np.ascontiguousarray(inputs, np.float32))
+            self._work(
+                "infer",
+                folder,
+                quantized=str((model.path / model.entry).absolute()),
+                inputs=str(tensors.absolute()),
+                outputs=str(logits.absolute()),
+            )
+            made: NDArray[np.float32] = np.load(logits)
+        return made
+
+    def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
+        """Lower the SDK's quantized model; load and run it where there is a card. See `Backend`."""
+        with self._folder(into.parent) as folder:
+            # The compiler clears its output folder; it must not find the only copy of anything.
+            said = self._work(
+                "compile",
+                folder,
+                quantized=str((model.path / model.entry).absolute()),
+                settings=_settings(model.scheme, aipu_cores),
+                output_dir="compiled",
+            )
+            return self.adopt(model, folder / "work", into, aipu_cores, said)
+
+    def adopt(
+        self, model: QuantizedModel, work_folder: Path, into: Path, cores: int, said: dict[str, Any]
+    ) -> CompiledModel:
+        """Make a compiled model of what a compiler left in its working folder, and prove it.
+
+        Raises:
+            BackendError: there is nothing loadable, or it does not fit the quantized model.
+        """
+        into.mkdir(parents=True)
+        found = collect(work_folder, into)
+        _check(found, into, cores)
+        interpreter = find_interpreter()
+        record = {
+            "versions": interpreter.versions,
+            "manifest_version": found.manifest_version,
+            "axm": found.axm,
+            "run": self._run(into / found.entry, cores),
+            **said,
+        }
+        (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        made = CompiledModel(
+            path=into,
+            entry=found.entry,
+            backend=self.name,
+            version=interpreter.release,
+            runtime="axelera",
+            aipu_cores=cores,
+            inputs=found.inputs,
+            outputs=found.outputs,
+            preamble=found.preamble,
+            postamble=found.postamble,
+        )
+        made.save()
+        return made
+
+    def _run(self, entry: Path, cores: int) -> dict[str, Any]:
+        """One inference, where it can be done: a compile without an error is not a model yet."""
+        if entry.suffix != ".json":
+            return {"ran": False, "why": f"{entry.name} holds no model.json"}
+        with self._folder(None) as folder:
+            return self._work("run", folder, model=str(entry.absolute()), cores=cores)
+
+    def _work(
+        self,
+        verb: str,
+        folder: Path,
+        progress: Callable[[int], object] = lambda n: None,
+        **request: Any,  # noqa: ANN401 - JSON
+    ) -> dict[str, Any]:
+        return work(
+            verb,
+            {"extra": dict(self._options.extra), **request},
+            folder,
+            time_limit_s=self._options.time_limit_s,
+            progress=progress,
+        )
+
+    @contextmanager
+    def _folder(self, beside: Path | None) -> Iterator[Path]:
+        """A fresh folder, on the disk of what will be made of its contents."""
+        if beside:
+            beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".voyager-") as name:
+            yield Path(name)
+
+
+def _settings(scheme: str, cores: int) -> dict[str, Any]:
+    """What is never left to the SDK's defaults, on which its own pages disagree."""
+    return {
+        "model_name": MODEL_NAME,
+        "scheme": scheme,
+        "cores": cores,
+        "resources": RESOURCES_PER_CORE * cores,
+        # Relative: from an absolute one, release 1.7 was seen to make models that don't load.
+        "output_dir": "compiled",
+        "axm": cores == 1,  # an archive is for one core (SDK 1.7, Pipeline Builder)
+    }
+
+
+def _check(found: Artifacts, into: Path, cores: int) -> None:
+    """The device tensors are those of a classifier compiled for this many cores."""
+    if len(found.inputs) != 1 or len(found.outputs) != 1:
+        raise BackendError(
+            f"the compiled model has {len(found.inputs)} inputs and {len(found.outputs)} outputs; "
+            "kdpipe's students have one of each"
+        )
+    batches = {spec.unpadded[0] for spec in (*found.inputs, *found.outputs)}
+    if batches != {cores}:
+        raise BackendError(
+            f"the compiled model takes {batches} frames a call, and {cores} cores were asked for"
+        )
+    for name in filter(None, (found.entry, found.preamble, found.postamble)):
+        if not (into / name).is_file():
+            raise BackendError(f"the compiled model lacks {name}")

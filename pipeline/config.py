@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from pipeline.stage import Stage
 
@@ -77,12 +78,22 @@ def load_config(
         stage: _convert(section, stages[stage].params, stage, name)
         for stage, section in sections.items()
     }
+    for section in params.values():
+        _set_environment(section, path.absolute().parent)
     return Config(
         path=path.absolute(),
         run=run_name,
         seed=seed,
         params={stage: _filled(given, params) for stage, given in params.items()},
     )
+
+
+def _set_environment(section: Any, root: Path) -> None:  # noqa: ANN401 - any stage's params
+    """Give programs that parameters name to whoever looks into the environment."""
+    for f in fields(section):
+        program = getattr(section, f.name)
+        if "environment" in f.metadata and program:
+            os.environ[f.metadata["environment"]] = str(root / Path(program).expanduser())
 
 
 def _filled(section: Any, params: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any stage's params

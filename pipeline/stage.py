@@ -46,6 +46,15 @@ def unkeyed_field(default: Any) -> Any:  # noqa: ANN401 - stands where dataclass
     return field(default=default, metadata={"unkeyed": True})
 
 
+def environment_field(variable: str) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
+    """The path of a program that everything in this process finds in an environment variable.
+
+    Given, it sets the variable; left null, the variable counts. Not keyed: the program's version
+    says what changed, not where it lies.
+    """
+    return field(default=None, metadata={"environment": variable, "unkeyed": True})
+
+
 def same_as_field(other: str, *, unkeyed: bool = False) -> Any:  # noqa: ANN401 - as above
     """A parameter that, left null, takes the value of `stage.key`."""
     return field(
@@ -93,7 +102,9 @@ class Stage(Generic[P]):
     sources: Callable[[P, Path], dict[str, Path]] = lambda params, root: {}
     gates: Callable[[P, Facts], list[Gate]] = lambda params, facts: []
     ready: Callable[[P], None] = lambda params: None  # raises at once what would fail hours later
-    tools: Callable[[P], tuple[str, ...]] = lambda params: ()  # whose versions change the outputs
+    #: Distributions whose versions change the outputs; with their versions where those are not the
+    #: ones installed beside kdpipe.
+    tools: Callable[[P], tuple[str, ...] | dict[str, str | None]] = lambda params: ()
     code_version: int = 1  # raised by hand when the stage's outputs change for equal inputs
 
 

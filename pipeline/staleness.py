@@ -184,8 +184,9 @@ class RunState:
         record = self.record(stage)
         recorded = record.versions if record else {}
         tools = self.stages[stage].tools(self.config.params[stage])
-        found = {tool: installed(tool) or recorded.get(tool) for tool in tools}
-        return {tool: known for tool, known in found.items() if known}
+        found = tools if isinstance(tools, dict) else {tool: installed(tool) for tool in tools}
+        known = {tool: version or recorded.get(tool) for tool, version in found.items()}
+        return {tool: version for tool, version in known.items() if version}
 
     def _source_digest(self, stage: str, name: str, path: Path) -> str:
         try:

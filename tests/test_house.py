@@ -26,7 +26,9 @@ def test_the_packages_are_ours():
 
 def test_deploy_and_tests_are_no_packages():
     assert not list((ROOT / "deploy").rglob("__init__.py"))
-    assert not list((ROOT / "tests").rglob("__init__.py"))
+    inits = (ROOT / "tests").rglob("__init__.py")
+    # Inside the stand-in, `axelera.compiler` is a package; `axelera` itself is none.
+    assert not [path for path in inits if path.parents[1].name != "axelera"]
 
 
 def test_no_file_is_a_drawer():

@@ -46,4 +46,4 @@ def test_a_damaged_description_is_named(tmp_path):
 
 def test_the_tools_of_a_backend_decide_what_makes_its_models_stale():
     assert backend_tools("emulator") == ("onnxruntime",)
-    assert backend_tools("voyager") == ("axelera-devkit",)
+    assert backend_tools("voyager") == {"axelera-devkit": None}

@@ -5,15 +5,39 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from stand_in_sdk import install_stand_in
 
 from metis.backend import SCHEMES, BackendError, CompiledModel, QuantizedModel
 from metis.emulator import Emulator
+from metis.voyager import Voyager
 from preprocessing.int8 import from_device, to_device
 
+BACKENDS = ("emulator", "stand-in", pytest.param("sdk", marks=pytest.mark.sdk))
 
-@pytest.fixture(params=[Emulator], ids=lambda kind: kind.name)
-def backend(request):
-    return request.param()
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, tmp_path, monkeypatch):
+    if request.param == "emulator":
+        return Emulator()
+    if request.param == "stand-in":
+        monkeypatch.setenv("KDPIPE_SDK_PYTHON", str(install_stand_in(tmp_path / "venv")))
+    elif not Voyager().probe().available:
+        pytest.skip(Voyager().probe().missing)
+    return Voyager()
+
+
+def run_compiled(compiled, codes):
+    """The device's answer, where something here can stand for the device."""
+    graph = compiled.path / compiled.entry
+    if compiled.runtime == "axelera":
+        graph = graph.with_name("core.onnx")
+        if not graph.exists():
+            pytest.skip("this model runs on a card only; kdbench.py compares there")
+    options = ort.SessionOptions()
+    for key, value in {"session.x64quantprecision": "1", **compiled.session}.items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(str(graph), options)
+    return session.run(None, {session.get_inputs()[0].name: codes})[0]
 
 
 def write_student(path, *, reshape=False, baked_batch=False):
@@ -99,8 +123,8 @@ def test_logits_do_not_depend_on_the_batch(backend, tmp_path, samples):
     student = write_student(tmp_path / "student.onnx")
     model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEMES[0])
     tensors = np.random.default_rng(2).normal(size=(70, 3, 12, 12)).astype(np.float32)
-    alone = np.concatenate([backend.infer(model, t[None]) for t in tensors])
-    assert np.array_equal(backend.infer(model, tensors), alone)
+    parts = [backend.infer(model, part) for part in np.split(tensors, [1, 3, 4, 68])]
+    assert np.array_equal(backend.infer(model, tensors), np.concatenate(parts))
 
 
 @pytest.mark.parametrize("cores", [1, 4])
@@ -110,13 +134,11 @@ def test_the_compiled_model_gives_the_quantized_models_logits(backend, tmp_path,
     compiled = backend.compile(model, tmp_path / "compiled", aipu_cores=cores)
     assert CompiledModel.load(tmp_path / "compiled") == compiled
     source, sink = compiled.inputs[0], compiled.outputs[0]
-    assert source.shape == (cores, 12, 12, 4)
+    assert compiled.aipu_cores == source.shape[0] == cores
     assert source.unpadded == (cores, 12, 12, 3)
-    assert sink.shape == (cores, 1, 1, 64)
     assert sink.unpadded == (cores, 1, 1, 5)
     tensors = np.random.default_rng(3).normal(size=(cores, 3, 12, 12)).astype(np.float32)
-    session = ort.InferenceSession(str(compiled.path / compiled.entry))
-    codes = session.run(None, {session.get_inputs()[0].name: to_device(tensors, source)})[0]
+    codes = run_compiled(compiled, to_device(tensors, source))
     assert codes.dtype == np.int8
     assert (codes[..., 5:] == sink.zero_point).all()
     logits = from_device(codes, sink).reshape(cores, 5)
@@ -129,8 +151,11 @@ def test_the_same_samples_give_the_same_bytes(backend, tmp_path, samples):
         model = backend.quantize(student, samples, tmp_path / name, scheme=SCHEMES[0])
         backend.compile(model, tmp_path / f"compiled_{name}", aipu_cores=1)
     for folder, other in (("a", "b"), ("compiled_a", "compiled_b")):
-        for file in (tmp_path / folder).iterdir():
-            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes()
+        files = [p for p in (tmp_path / folder).rglob("*") if p.is_file()]
+        assert files
+        for file in files:
+            same = tmp_path / other / file.relative_to(tmp_path / folder)
+            assert file.read_bytes() == same.read_bytes(), file
 
 
 def test_a_scheme_it_lacks_is_refused(backend, tmp_path, samples):
@@ -141,11 +166,12 @@ def test_a_scheme_it_lacks_is_refused(backend, tmp_path, samples):
 
 def test_a_graph_that_the_chip_cannot_run_is_refused(backend, tmp_path, samples):
     student = write_student(tmp_path / "student.onnx", baked_batch=True)
-    with pytest.raises(BackendError, match="ReduceSum sum: not in the list"):
+    with pytest.raises(BackendError, match="ReduceSum"):
         backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEMES[0])
 
 
-def test_a_model_that_is_not_quantized_at_its_ends_is_refused(backend, tmp_path, samples):
+def test_an_emulation_that_is_not_quantized_at_its_ends_is_refused(tmp_path, samples):
+    backend = Emulator()
     student = write_student(tmp_path / "student.onnx")
     model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEMES[0])
     onnx.save(onnx.load(student), model.path / model.entry)

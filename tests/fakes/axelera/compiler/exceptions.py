@@ -1,0 +1,2 @@
+class QtoolsError(Exception):
+    pass
