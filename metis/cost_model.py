@@ -129,6 +129,8 @@ class Published:
         """For reports, beside an estimate; every figure says measured_on: published."""
         scope = "host, 720p video through GStreamer"
         return {
+            "source": "Voyager SDK 1.8.0, model zoo",
+            "size": self.size,
             "settings": {"aipu_cores": self.aipu_cores, "replication": self.replication},
             "boards": {
                 board: {
@@ -168,3 +170,8 @@ def published_rows() -> tuple[Published, ...]:
         )
         for row in csv.DictReader(lines)
     )
+
+
+def published_row(network: str) -> Published | None:
+    """The vendor's row of a network, if there is one."""
+    return next((row for row in published_rows() if row.network == network), None)
