@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from numpy.typing import NDArray
+    from torch.nn import Module
 
     from pipeline.recipe import DistillParams
     from preprocessing.contract import Contract
@@ -198,7 +199,7 @@ def export_values(
 
     Args:
         params: the section `distill`, which names the network.
-        weights: student.safetensors.
+        weights: student.safetensors; of a folded student, with folded.onnx beside it.
         given: the student's input.
         classes: number of classes.
         onnx: the exported student.
@@ -206,9 +207,16 @@ def export_values(
     """
     from safetensors.torch import load_file
 
+    from pipeline.quantization_aware import folded_network
     from pipeline.students import build_student, torch_logits
 
-    network = build_student(params.student, given, classes, seed=0, stem_stride=params.stem_stride)
+    network: Module
+    if params.quantization_aware.share:
+        network = folded_network(weights.with_name("folded.onnx"))
+    else:
+        network = build_student(
+            params.student, given, classes, seed=0, stem_stride=params.stem_stride
+        )
     network.load_state_dict(load_file(weights))
     tensors = student_tensor(val.images, given)
     return compare_export(torch_logits(network, tensors), reference_logits(onnx, tensors))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -25,6 +25,15 @@ class FeatureParams:
 
     student: str  # name of a module
     teacher: str  # name of the teacher / name of its tensor, one of ingest.teachers.features
+
+
+@dataclass(frozen=True)
+class QuantizationAwareParams:
+    """The last epochs, trained on the int8 grid of the chip."""
+
+    share: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of the epochs, at least one; 0: none
+    learning_rate: Positive = 2e-4  # at its start; goes to 0
+    control: bool = False  # trained too, for comparison: the same epochs in float
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class DistillParams:
     inter_weight: Weight = 1.0  # of DIST's rows (the paper's beta)
     intra_weight: Weight = 1.0  # of DIST's columns (the paper's gamma)
     features: tuple[FeatureParams, ...] = ()
+    quantization_aware: QuantizationAwareParams = QuantizationAwareParams()
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     class_weights: Literal["none", "balanced"] = "none"  # of the cross-entropy
     sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: every class equally often
@@ -76,6 +86,13 @@ class DistillParams:
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = unkeyed_field(("tensorboard",))
     check_operators: bool = unkeyed_field(True)  # refuse a network that Metis can't run
     max_export_difference: Annotated[float, Meta(gt=0)] = unkeyed_field(1e-3)  # of logits
+
+
+def float_part(params: DistillParams) -> DistillParams:
+    """The training without its last part on the int8 grid; its schedule ends with it."""
+    share = params.quantization_aware.share
+    last = max(1, round(share * params.epochs)) if share else 0
+    return replace(params, epochs=params.epochs - last)
 
 
 def loss_in_words(params: DistillParams) -> str:
@@ -97,6 +114,7 @@ def loss_in_words(params: DistillParams) -> str:
 def contradictions(params: DistillParams) -> list[tuple[bool, str]]:
     """Things that do not go together: whether they are asked for, and what is wrong with them."""
     soft = params.soft_weight > 0
+    epochs = float_part(params).epochs
     return [
         (
             not (params.hard_weight or params.soft_weight or params.feature_weight),
@@ -138,8 +156,33 @@ def contradictions(params: DistillParams) -> list[tuple[bool, str]]:
             params.class_weights != "none" and params.sampling != "uniform",
             "class_weights and sampling both balance the classes; keep one",
         ),
+        *_quantization_aware_contradictions(params),
         (
-            params.warmup_epochs >= params.epochs and params.epochs > 1,
+            params.warmup_epochs >= epochs and epochs > 1,
             "warmup_epochs leaves no epoch to train at the full learning rate",
+        ),
+    ]
+
+
+def _quantization_aware_contradictions(params: DistillParams) -> list[tuple[bool, str]]:
+    wanted = params.quantization_aware.share > 0
+    return [
+        (
+            params.quantization_aware.control and not wanted,
+            "quantization_aware.control is a control of nothing: quantization_aware.share is 0",
+        ),
+        (
+            wanted and float_part(params).epochs < 1,
+            "quantization_aware.share leaves no epoch to train in float first",
+        ),
+        (
+            wanted and params.teacher == "mutual",
+            "quantization_aware.share and teacher: mutual don't go together: the second student "
+            "would have to be folded too",
+        ),
+        (
+            wanted and params.feature_weight > 0,
+            "quantization_aware.share and feature_weight don't go together: a folded student has "
+            "no layers by name",
         ),
     ]

@@ -119,6 +119,7 @@ class Order(Sampler[Chosen]):
         views: int = 1,
         steps: int | None = None,
         weights: NDArray[np.float64] | None = None,
+        first_epoch: int = 0,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
@@ -131,6 +132,7 @@ class Order(Sampler[Chosen]):
             views: epoch e takes view e mod this.
             steps: batches of an epoch; None: as many as are full.
             weights: chance of every sample, drawn with replacement; None: each once.
+            first_epoch: the number of the first epoch, where a training goes on with another's.
             rank: of this process.
             processes: how many there are.
         """
@@ -143,11 +145,12 @@ class Order(Sampler[Chosen]):
         self._processes = processes
         # The last, short batch is left out: batch normalization needs more than one sample.
         self._steps = steps or count // (self._size * processes)
-        self._epoch = 0
+        self._first_epoch = first_epoch
+        self._epoch = first_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning says which epoch comes, also when it resumes."""
-        self._epoch = epoch
+        self._epoch = self._first_epoch + epoch
 
     def __len__(self) -> int:
         """Batches of an epoch."""

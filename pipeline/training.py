@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 import pickle
@@ -25,6 +26,8 @@ from tqdm import tqdm
 
 from pipeline.distillation import Distillation, FeatureTaps
 from pipeline.launch import announced
+from pipeline.manifest import write_atomically
+from pipeline.quantization_aware import folded_network
 from pipeline.recipe import DistillParams
 from pipeline.splits import DatasetSplit
 from pipeline.student_data import (
@@ -63,6 +66,9 @@ class Task:
     taught: bool  # False: the same student, steps and labelled data, without teacher
     folder: str  # for checkpoints and results; what is there is gone on with
     logs: str  # for TensorBoard
+    folded: str | None = None  # ONNX of a folded student to go on with, in place of a network
+    ranges: str | None = None  # of its activations: train it on their int8 grid
+    first_epoch: int = 0  # how many epochs of the order of samples lie behind it
 
     @property
     def given(self) -> StudentInput:
@@ -71,6 +77,8 @@ class Task:
 
     def network(self) -> nn.Module:
         """The student as training finds it."""
+        if self.folded is not None:
+            return folded_network(Path(self.folded), Path(self.ranges) if self.ranges else None)
         return build_student(
             self.params.student,
             self.given,
@@ -134,13 +142,26 @@ def train_all(
         The facts of each, see `train`.
     """
     with announced(folder, msgspec.json.encode(list(tasks))):
-        return [train(task, progress) for task in tasks]
+        return [_train_once(task, progress) for task in tasks]
 
 
 def take_part(file: Path) -> None:
     """Train along, as a process of higher rank, what a file describes."""
     for task in msgspec.json.decode(file.read_bytes(), type=list[Task]):
-        train(task, lambda what, total: tqdm(total=total, disable=True))
+        _train_once(task, lambda what, total: tqdm(total=total, disable=True))
+
+
+def _train_once(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, Any]:
+    """Train, or read what came of it, where a kill came in a later training of the stage."""
+    ended = Path(task.folder) / "checkpoints" / "facts.json"
+    if ended.exists():
+        known: dict[str, Any] = json.loads(ended.read_bytes())
+        return known
+    facts = train(task, progress)
+    if facts:  # the first process writes
+        ended.parent.mkdir()
+        write_atomically(ended, json.dumps(facts).encode())
+    return facts
 
 
 def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, Any]:
@@ -296,6 +317,7 @@ def _order(
         views=teaching.ensemble.views.count,
         steps=steps,
         weights=weights,
+        first_epoch=task.first_epoch,
         rank=rank,
         processes=processes,
     )
@@ -373,8 +395,8 @@ def _keep_weights(best: ModelCheckpoint, module: Distillation, folder: Path) -> 
 
 
 def trained(task: Task) -> nn.Module:
-    """The student with the weights of its best epoch, in evaluation mode."""
-    network = task.network()
+    """The float student with the weights of its best epoch, in evaluation mode."""
+    network = replace(task, ranges=None).network()
     network.load_state_dict(load_file(Path(task.folder) / "student.safetensors"))
     return network.eval()
 

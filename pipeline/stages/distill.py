@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import nearest
-from pipeline.recipe import ALIASES, DistillParams, contradictions, loss_in_words
+from pipeline.recipe import (
+    ALIASES,
+    DistillParams,
+    contradictions,
+    float_part,
+    loss_in_words,
+)
 from pipeline.stage import Facts, Gate, InputError, Job, Stage, require_extra
 
 if TYPE_CHECKING:
@@ -114,6 +120,10 @@ def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, A
             f"distill.student: {report.refusal(params.student)}"
             "; choose another network, or set distill.check_operators: false"
         )
+    if params.quantization_aware.share:
+        from pipeline.quantization_aware import check_trainable
+
+        check_trainable(path)
     return {
         "macs": report.macs,
         "share_on_chip": report.share_on_chip,
@@ -127,6 +137,7 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
 
     from pipeline.metrics import top1
     from pipeline.parity import compare_export
+    from pipeline.quantization_aware import export_folded
     from pipeline.reference import reference_logits
     from pipeline.splits import DatasetSplit
     from pipeline.students import export_student, parameter_count, torch_logits
@@ -140,7 +151,11 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
     student = trained(task)
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
     tensors = student_tensor(val.images, task.given)
-    legalized = export_student(student, task.given, onnx, tensors[:PROOF_SAMPLES])
+    rewrites = []
+    if task.folded is None:
+        rewrites = export_student(student, task.given, onnx, tensors[:PROOF_SAMPLES]).facts()
+    else:
+        export_folded(student, onnx)
     by_torch, by_onnx = torch_logits(student, tensors), reference_logits(onnx, tensors)
     return {
         "parameters": parameter_count(student),
@@ -149,7 +164,7 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
         "measured_on": "host-float",
         "n_val": len(val.labels),
         "export": compare_export(by_torch, by_onnx),
-        "rewrites": legalized.facts(),
+        "rewrites": rewrites,
     }
 
 

@@ -1,0 +1,170 @@
+"""The last part of a training on the int8 grid: from the float student on, folded, same teacher.
+
+The student is folded as the chip's quantizer folds it, the ranges of its activations are chosen as
+calibration chooses them, and training goes on with everything rounded to that grid. What comes out
+is a float student again: the same graph with other weights.
+
+The ranges stay as they were chosen: calibration chooses them anew for the trained weights, by the
+same rule, so ranges that were learned here would be lost, and with them what they gained.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from metis.backend import open_backend
+from metis.folding import prepare
+from metis.quantizer import watch
+from metis.ranges import Ranges, choose
+from pipeline.folded_network import FoldedNetwork
+from pipeline.parity import compare_int8
+from pipeline.recipe import float_part
+from pipeline.reference import reference_logits
+from pipeline.splits import DatasetSplit
+from pipeline.stage import InputError
+from pipeline.students import torch_logits
+from preprocessing.apply import student_tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.recipe import DistillParams
+    from pipeline.training import Task
+
+#: Training patches that the ranges are chosen on.
+SAMPLES = 256
+
+#: How the int8 figures beside the training are made: as `kdpipe calibrate` does by default.
+_SCHEME = "per_tensor_histogram"
+
+#: Of logits, in shares of the largest: the order of float operations changes less.
+_MAX_DIFFERENCE = 1e-4
+
+
+def last_part(params: DistillParams) -> DistillParams:
+    """The training on the grid: same losses, Adam and a cosine from its own learning rate to 0."""
+    end = params.temperature if params.temperature_end is None else params.temperature_end
+    return replace(
+        params,
+        epochs=params.epochs - float_part(params).epochs,
+        optimizer="adamw",
+        learning_rate=params.quantization_aware.learning_rate,
+        # Folded weights have no BatchNorm behind them that would undo what decay takes away.
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_epochs=0.0,
+        temperature=end,
+        temperature_end=None,
+        early_stop_patience=None,
+        precision="32",  # bfloat16 has no more digits than the grid has
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the last part begins, as files, so that other processes find it."""
+
+    folded: Path  # the float student, folded: ONNX, batch 1
+    samples: Path  # .npy, float32, (N, 1, C, H, W)
+    ranges: Path  # of its activations
+    count: int  # of the samples
+
+    @staticmethod
+    def write(task: Task, student: Path, scratch: Path) -> Start:
+        """Fold an exported student and choose the ranges of its activations.
+
+        Args:
+            task: the float part.
+            student: ONNX; is replaced by the folded graph.
+            scratch: an existing folder for the rest.
+
+        Raises:
+            BackendError: the chip can't run the student.
+        """
+        parts = prepare(onnx.load(student))
+        onnx.save(parts.student, student)
+        train = DatasetSplit.load(Path(task.dataset) / "train")
+        random = np.random.default_rng(task.seed)
+        chosen = random.permutation(len(train.labels))[:SAMPLES]
+        samples = student_tensor(train.images[np.sort(chosen)], task.given)
+        start = Start(student, scratch / "samples.npy", scratch / "ranges.json", len(samples))
+        np.save(start.samples, samples[:, None])
+        seen = watch(parts)
+        seen.add(samples, lambda count: None)
+        choose(seen, "mse").save(start.ranges)
+        return start
+
+    def task(self, before: Task, params: DistillParams, name: str, *, on_grid: bool) -> Task:
+        """The training that goes on from here; without the grid it is the control.
+
+        Args:
+            before: the float part.
+            params: of the whole training.
+            name: of its folders, beside those of the float part.
+            on_grid: whether to round to int8.
+        """
+        return replace(
+            before,
+            params=last_part(params),
+            init=None,
+            folded=str(self.folded),
+            ranges=str(self.ranges) if on_grid else None,
+            first_epoch=before.params.epochs,
+            folder=str(Path(before.folder).with_name(name)),
+            logs=str(Path(before.logs).with_name(name)),
+        )
+
+    def int8_facts(self, task: Task, student: Path) -> dict[str, Any]:
+        """What int8 costs a student on the validation split, in the emulator.
+
+        Args:
+            task: any of its trainings.
+            student: ONNX.
+        """
+        val = DatasetSplit.load(Path(task.dataset) / "val")
+        emulator = open_backend("emulator")
+        with tempfile.TemporaryDirectory() as folder:
+            into = Path(folder) / "int8"
+            model = emulator.quantize(student, self.samples, into, scheme=_SCHEME)
+            return compare_int8(student, model, task.given, val)
+
+
+def folded_network(folded: Path, ranges: Path | None = None) -> FoldedNetwork:
+    """The network of a folded student; with ranges on the int8 grid."""
+    return FoldedNetwork(
+        prepare(onnx.load(folded)), None if ranges is None else Ranges.load(ranges)
+    )
+
+
+def check_trainable(exported: Path) -> None:
+    """Refuse a student whose graph torch does not run as onnxruntime does, before it is trained.
+
+    Raises:
+        InputError: an operator is not there, or answers differ.
+        BackendError: the chip can't run the student.
+    """
+    parts = prepare(onnx.load(exported))
+    network = FoldedNetwork(parts)
+    shape = [d.dim_value for d in parts.student.graph.input[0].type.tensor_type.shape.dim]
+    frame = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    expected = reference_logits(exported, frame)
+    difference = np.abs(torch_logits(network, frame) - expected).max()
+    if not difference <= _MAX_DIFFERENCE * max(1.0, float(np.abs(expected).max())):
+        raise InputError(
+            f"distill.quantization_aware: torch and onnxruntime differ by {difference:.2g} on the "
+            "folded student; choose another student, or set distill.quantization_aware.share to 0"
+        )
+
+
+def export_folded(network: nn.Module, path: Path) -> None:
+    """Write a folded network with its present weights as float ONNX, batch 1."""
+    assert isinstance(network, FoldedNetwork)
+    model = network.exported()
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
