@@ -424,6 +424,52 @@ def check(
 
 
 @commands.command()
+@click.argument("model", metavar="MODEL.onnx|ARCH")
+@click.option("--size", type=click.IntRange(min=1), help="Input side of ARCH.  [default: 224]")
+@click.option(
+    "--channels", type=click.IntRange(min=1), default=3, show_default=True, help="Of ARCH's input."
+)
+@click.option(
+    "--aipu-cores",
+    type=click.IntRange(1, 4),
+    default=1,
+    show_default=True,
+    help="Cores of one compiled model; also the frames of one call.",
+)
+@click.option("--no-replication", is_flag=True, help="As with the compiler's enable_icr off.")
+@_json_option
+@_debug_option
+def estimate(
+    model: str,
+    size: int | None,
+    channels: int,
+    aipu_cores: int,
+    no_replication: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """How fast would this ONNX graph, or this network of timm, run on a Metis card?
+
+    An estimate from the graph alone, with its error band, per layer what dominates, and words
+    where the cost model is known to miss. Nothing is measured.
+    """
+    from metis.cost_model import Settings, published_row
+    from metis.estimator import estimate as estimate_graph
+    from pipeline import operator_check
+    from pipeline.recipe import ALIASES
+
+    legalized = operator_check.check(model, size=size, channels=channels)
+    found = estimate_graph(legalized.model, Settings(aipu_cores, not no_replication))
+    published = published_row(ALIASES.get(model, (model, size))[0])
+    if as_json:
+        vendor = published.facts() if published else None
+        _print_json({"model": model, "estimate": found.facts(), "published": vendor})
+        return
+    for line in (*found.lines(), *([published.line()] if published else [])):
+        click.echo(line)
+
+
+@commands.command()
 @_json_option
 @_debug_option
 def doctor(as_json: bool, debug: bool) -> None:
