@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
-from metis.backend import QuantizedModel, backend_tools, open_backend, require_backend
+from metis.backend import (
+    QuantizedModel,
+    SdkOptions,
+    backend_tools,
+    open_backend,
+    require_backend,
+)
 from metis.device_constants import constant_error
 from metis.pipeline_yaml import DevicePipeline, render_yaml, yaml_obstacle
-from pipeline.stage import Facts, Gate, Job, Stage, unkeyed_field
+from metis.sdk_child import PYTHON_VARIABLE
+from pipeline.stage import Facts, Gate, Job, Stage, environment_field, unkeyed_field
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,50 +33,64 @@ class CompileParams:
 
     backend: Literal["emulator", "voyager"] = "emulator"
     aipu_cores: Annotated[int, Meta(ge=1, le=4)] = 1  # also the batch of one call
+    sdk_python: str | None = environment_field(PYTHON_VARIABLE)  # the SDK's interpreter
+    extra: dict[str, Any] = field(default_factory=dict)  # more fields of the SDK's CompilerConfig
+    time_limit: Annotated[float, Meta(gt=0)] = unkeyed_field(14_400.0)  # seconds, for each step
     sdk_release: Literal["1.2", "1.3", "1.4", "1.5", "1.6", "1.7", "1.8"] = "1.8"  # for the YAML
     path_prefix: str = ""  # put before file names in the YAML: where the folder will lie
     max_constant_error: Annotated[float, Meta(gt=0)] = unkeyed_field(0.05)  # standard deviations
 
 
 def run(job: Job, params: CompileParams) -> Facts:
-    """Lower the quantized model with the chosen backend; write the device pipeline beside it."""
-    from preprocessing.contract import StudentInput, load_contract
+    """Write the device pipeline; lower the quantized model with the chosen backend."""
+    from preprocessing.contract import StudentInput
 
     model = QuantizedModel.load(job.inputs["quantized_model"])
-    compiled = open_backend(params.backend).compile(
+    given = StudentInput.load(job.inputs["student_input"])
+    obstacle = _write_pipeline(job, params, given, model.scheme)
+    options = SdkOptions(extra=params.extra, time_limit_s=params.time_limit)
+    compiled = open_backend(params.backend, options).compile(
         model, job.outputs["compiled_model"], aipu_cores=params.aipu_cores
     )
-    given = StudentInput.load(job.inputs["student_input"])
+    record = compiled.path / "sdk.json"
+    return {
+        "backend": compiled.backend,
+        "backend_version": compiled.version,
+        "runtime": compiled.runtime,
+        "aipu_cores": compiled.aipu_cores,
+        "sdk": json.loads(record.read_text()) if record.exists() else None,
+        "pipeline_yaml": None if obstacle else f"{job.run}.yaml",
+        "pipeline_yaml_obstacle": obstacle,
+        "device_constants": None if obstacle else _device_constants(job, given),
+    }
+
+
+def _write_pipeline(job: Job, params: CompileParams, given: StudentInput, scheme: str) -> str:
+    """YAML, student and images for the SDK's own scripts; or why there are none."""
+    from preprocessing.contract import load_contract
+
     obstacle = yaml_obstacle(given)
     folder = job.outputs["device_pipeline"]
     folder.mkdir()
     if obstacle:
         job.warn(f"no Voyager pipeline YAML: {obstacle}")
         (folder / "no-pipeline-yaml.txt").write_text(f"{obstacle}\n")
-    else:
-        contract = load_contract(job.inputs["contract"])
-        pipeline = DevicePipeline(
-            name=job.run,
-            labels=len(contract.labels),
-            weight_path="student.onnx",
-            dataset=f"{job.run}-images",
-            scheme=model.scheme,
-            aipu_cores=params.aipu_cores,
-            sdk_release=params.sdk_release,
-            path_prefix=params.path_prefix,
-        )
-        (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
-        shutil.copyfile(job.inputs["student"], folder / pipeline.weight_path)
-        _write_images(job, contract, given, folder / pipeline.dataset)
-    return {
-        "backend": compiled.backend,
-        "backend_version": compiled.version,
-        "runtime": compiled.runtime,
-        "aipu_cores": compiled.aipu_cores,
-        "pipeline_yaml": None if obstacle else f"{job.run}.yaml",
-        "pipeline_yaml_obstacle": obstacle,
-        "device_constants": None if obstacle else _device_constants(job, given),
-    }
+        return obstacle
+    contract = load_contract(job.inputs["contract"])
+    pipeline = DevicePipeline(
+        name=job.run,
+        labels=len(contract.labels),
+        weight_path="student.onnx",
+        dataset=f"{job.run}-images",
+        scheme=scheme,
+        aipu_cores=params.aipu_cores,
+        sdk_release=params.sdk_release,
+        path_prefix=params.path_prefix,
+    )
+    (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
+    shutil.copyfile(job.inputs["student"], folder / pipeline.weight_path)
+    _write_images(job, contract, given, folder / pipeline.dataset)
+    return ""
 
 
 def _device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
@@ -131,8 +153,6 @@ def gates(params: CompileParams, facts: Facts) -> list[Gate]:
 
 def _write_images(job: Job, contract: Contract, given: StudentInput, folder: Path) -> None:
     """Calibration images in calibration order, validation images in class folders, labels."""
-    import json
-
     import numpy as np
 
     from pipeline.splits import DatasetSplit
