@@ -95,13 +95,18 @@ def watched(
     student: Path, samples: Path, recipe: Recipe, progress: Callable[[int], object]
 ) -> Calibrated:
     """One pass over the samples, (N, 1, C, H, W); memory does not grow with N."""
-    parts, pairs = prepare(onnx.load(student)), 0
-    if recipe.equalization:
-        moved, pairs = equalized(parts.student)
-        parts = prepare(moved)
+    parts, pairs = _prepared(student, recipe)
     seen = watch(parts)
     seen.add(np.load(samples, mmap_mode="r")[:, 0], progress)
     return Calibrated(parts, seen, pairs)
+
+
+def _prepared(student: Path, recipe: Recipe) -> tuple[Parts, int]:
+    parts = prepare(onnx.load(student))
+    if not recipe.equalization:
+        return parts, 0
+    moved, pairs = equalized(parts.student)
+    return prepare(moved), pairs
 
 
 @contextmanager
@@ -168,6 +173,41 @@ def variants(
         int8 = int8_logits(parts, graph, how.scheme, frames)
         rows.append({"name": name, "scheme": how.scheme, **figures(exact, int8, labels)})
     return rows
+
+
+def curve(
+    student: Path,
+    samples: NDArray[np.float32],
+    sizes: Collection[int],
+    recipe: Recipe,
+    validation: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]],
+    progress: Callable[[int], object] = lambda n: None,
+) -> Iterator[dict[str, Any]]:
+    """What int8 keeps with the first 16, 64, 256 ... samples, in one pass over the largest number.
+
+    Args:
+        student: float ONNX.
+        samples: float32 (N, C, H, W), in a random order.
+        sizes: at most N.
+        recipe: as it is used.
+        validation: tensors, float32 (N, C, H, W), the float student's logits, and labels.
+        progress: called with the number of samples just done.
+
+    Yields:
+        Per size, ascending: samples, and the figures.
+    """
+    frames, exact, labels = validation
+    parts, pairs = _prepared(student, recipe)
+    seen, done = watch(parts), 0
+    for size in sorted(set(sizes)):
+        seen.add(samples[done:size], progress)
+        done = size
+        calibrated = Calibrated(parts, seen, pairs)
+        ranges = calibrated.ranges(recipe)
+        made = prepare(calibrated.baked(recipe, ranges))
+        graph = quantized_graph(made.core, ranges, scheme=recipe.scheme)
+        int8 = int8_logits(made, graph, recipe.scheme, frames)
+        yield {"samples": size, **figures(exact, int8, labels)}
 
 
 def sensitivity(

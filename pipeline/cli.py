@@ -15,6 +15,7 @@ Errors that users can cause, and the exit status each has (CONVENTIONS.md 1.2):
       GateError           pipeline/runner.py          4, or 7 for the benchmark's verdict
       ParityError         here                        4
       RefusedError        here                        4
+      IncomparableError   pipeline/report_comparison.py  4
       BackendError        metis/backend.py            1
         BackendMissingError                           5
 """
@@ -37,6 +38,7 @@ from pipeline.device_run import KdbenchError
 from pipeline.launch import follow, is_follower, leading
 from pipeline.manifest import ManifestError
 from pipeline.report import parse_report, summary_lines
+from pipeline.report_comparison import IncomparableError
 from pipeline.runner import BusyError, GateError, Runner, Terminated
 from pipeline.stage import ExtraMissingError, InputError, StageError, load_stages
 from pipeline.staleness import RunState
@@ -67,6 +69,7 @@ EXIT_STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (BackendMissingError, 5),
     (ParityError, 4),
     (RefusedError, 4),
+    (IncomparableError, 4),
     (BackendError, 1),
     (StageError, 1),
 )
@@ -320,6 +323,53 @@ def label(
 
 
 @commands.command()
+@_config_options
+@click.option("--sizes", default="16,64,256", show_default=True, help="Numbers of samples.")
+@_json_option
+@_debug_option
+def calibrate(
+    config: Path,
+    run_name: str | None,
+    changes: Sequence[str],
+    sizes: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """What int8 keeps of the student with more and more calibration samples; writes nothing.
+
+    Emulated on the host, on the validation split. `kdpipe run --stage calibrate` is what quantizes.
+    """
+    from pipeline.stages.calibrate import curve
+
+    try:
+        numbers = [int(word) for word in sizes.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 2:
+        raise ConfigError(f"--sizes {sizes!r}: write numbers from 2 on, such as 16,64,256")
+    stages = load_stages()
+    settings = load_config(config, stages, changes=changes, run=run_name)
+    runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
+    runner.require_inputs("calibrate")
+    assert runner.state.manifest is not None
+    files = {n: runner.folder / a.path for n, a in runner.state.manifest.artifacts.items()}
+    params = settings.params["calibrate"]
+    rows = []
+    if not as_json:
+        click.echo("samples  top-1   agreement  SQNR     on validation, host-emulation")
+    for row in curve(files, params, settings.seed, numbers, lambda n: None):
+        rows.append(row)
+        if not as_json:
+            sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+            click.echo(
+                f"{row['samples']:>7}  {row['top1']:.4f}  {row['agreement']:9.1%}  {sqnr:<8} "
+                f"n {row['n']}"
+            )
+    if as_json:
+        _print_json({"run": settings.run, "curve": rows})
+
+
+@commands.command()
 @click.argument("dest", type=click.Path(path_type=Path))
 @_config_options
 @click.option("--tar", is_flag=True, help="Also write DEST.tar.gz; its bytes depend on DEST alone.")
@@ -364,8 +414,14 @@ def bundle(
 def compare(runs: Sequence[str], config: Path, out: Path | None, debug: bool) -> None:
     """Teachers, ensemble, students and baselines of runs in one table: CSV, Markdown, PNG.
 
-    Runs that differ in nothing but their seed become mean and standard deviation.
+    Runs that differ in nothing but their seed become mean and standard deviation. Two files
+    report.json instead of runs: what their benchmarks measured, second against first, or why that
+    can't be compared.
     """
+    files = [Path(name) for name in runs if name.endswith(".json")]
+    if files:
+        _compare_reports(files, runs)
+        return
     from pipeline.comparison import read_run, summarize, write_comparison
 
     root = config.parent
@@ -555,6 +611,16 @@ def so2sat(out: Path, patches: int, seed: int, debug: bool) -> None:
     finally:
         partial.unlink(missing_ok=True)
     click.echo(f"wrote {out}: {patches} synthetic patches, seed {seed}")
+
+
+def _compare_reports(files: Sequence[Path], words: Sequence[str]) -> None:
+    from pipeline.report_comparison import compare_reports, comparison_lines, load_measured
+
+    if len(files) != 2 or len(words) != 2:
+        raise ConfigError(f"give two report.json, or names of runs; not {', '.join(words)}")
+    first, second = (load_measured(path) for path in files)
+    for line in comparison_lines(first, second, compare_reports(first, second)):
+        click.echo(line)
 
 
 def _select(

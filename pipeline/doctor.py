@@ -19,6 +19,7 @@ def examine_machine() -> dict[str, dict[str, Any]]:
         "packages": {name: installed(name) or "not installed" for name in DISTRIBUTIONS},
         "backends": {name: _probe(name) for name in BACKENDS},
         "devices": _devices(),
+        "emulator": _emulator(),
     }
 
 
@@ -30,6 +31,19 @@ def _probe(name: str) -> str:
     if not probe.available:
         return f"not available: {probe.missing}"
     return "available: " + ", ".join(f"{n} {v}" for n, v in probe.versions.items())
+
+
+def _emulator() -> dict[str, str]:
+    """Which statements about the chip the emulator follows, and how this CPU runs it."""
+    try:
+        from metis.emulator import ASSUMPTIONS, FACTS, arithmetic
+    except ImportError as error:
+        return {"arithmetic": f"not available: {error}"}
+    return {
+        "arithmetic": arithmetic("per_tensor_histogram")[0],
+        **{f"documented {i}": words for i, words in enumerate(FACTS, 1)},
+        **{f"assumed {i}": words for i, words in enumerate(ASSUMPTIONS, 1)},
+    }
 
 
 def _devices() -> dict[str, str]:

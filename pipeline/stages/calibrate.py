@@ -21,6 +21,7 @@ from pipeline.stage import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from metis.ranges import Ranges
@@ -198,6 +199,50 @@ def _examined(
             )
         facts["worst_layers"] = found[: calibration.WORST]
     return facts
+
+
+def curve(
+    inputs: Mapping[str, Path],
+    params: CalibrateParams,
+    seed: int,
+    sizes: Collection[int],
+    progress: Callable[[int], object],
+) -> Iterator[dict[str, Any]]:
+    """What int8 keeps of the student, by number of samples; see `pipeline.calibration.curve`.
+
+    Args:
+        inputs: the artifacts that calibrate reads.
+        params: the section `calibrate`; its `samples` does not count.
+        seed: of the choice of samples.
+        sizes: numbers of samples.
+        progress: called with the number of samples just done.
+
+    Raises:
+        InputError: the training split has fewer different patches than the largest size.
+    """
+    import numpy as np
+
+    from pipeline import calibration
+    from pipeline.calibration_set import choose_samples
+    from pipeline.reference import reference_logits
+    from pipeline.splits import DatasetSplit
+    from preprocessing.apply import student_tensor
+    from preprocessing.contract import StudentInput, load_contract
+
+    given = StudentInput.load(inputs["student_input"])
+    train, val = (DatasetSplit.load(inputs["dataset"] / name) for name in ("train", "val"))
+    classes = len(load_contract(inputs["contract"]).labels)
+    indices = choose_samples(train, max(sizes), classes, seed).indices
+    frames = student_tensor(val.images, given)
+    exact = reference_logits(inputs["student"], frames)
+    yield from calibration.curve(
+        inputs["student"],
+        student_tensor(train.images[indices], given),
+        sizes,
+        recipe_of(params),
+        (frames, exact, np.asarray(val.labels)),
+        progress,
+    )
 
 
 def gates(params: CalibrateParams, facts: Facts) -> list[Gate]:

@@ -1,5 +1,10 @@
+import hashlib
+import json
+
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from pipeline.calibration_set import choose_samples
 from pipeline.splits import DatasetSplit
@@ -90,9 +95,6 @@ def test_the_record_says_which_samples_calibrated(finished):
     assert facts["calibration"]["samples"] == 32
     assert facts["calibration"]["split"] == "train"
     assert sum(facts["calibration"]["classes"]) == 32
-    import hashlib
-    import json
-
     folder = finished.artifact("calibration_set")
     samples = np.load(folder / "samples.npy")
     assert samples.shape == (32, 1, 3, 16, 16)
@@ -114,3 +116,105 @@ def test_a_loss_beyond_the_limit_ends_with_4_and_keeps_the_model(finished):
     assert allowed.returncode == 0
     gate = finished.manifest["stages"]["calibrate"]["gate"]["int8_loss"]
     assert gate["allowed"].endswith("a test")
+
+
+def rerun(project, *words):
+    return project.kdpipe("run", "--stage", "calibrate", *words)
+
+
+def calibrated(project):
+    return project.manifest["stages"]["calibrate"]["facts"]
+
+
+def test_the_record_shows_the_other_ways_the_worst_layers_and_what_to_try(finished):
+    facts = calibrated(finished)
+    rows = {row["name"]: row for row in facts["variants"]}
+    assert set(rows) == {
+        "as configured",
+        "scheme per_tensor_min_max",
+        "scheme hybrid_per_tensor_per_channel",
+        "without bias correction",
+    }
+    used = rows["as configured"]
+    assert used["top1"] == facts["top1_val_int8"]
+    assert used["sqnr_db"] == pytest.approx(facts["logits_sqnr_db"])
+    assert len({row["sqnr_db"] for row in rows.values()}) >= 3
+    assert {row["measured_on"] for row in rows.values()} == {"host-emulation"}
+    worst = [row["sqnr_db"] for row in facts["worst_layers"]]
+    assert worst == sorted(worst)
+    assert worst[0] > facts["logits_sqnr_db"]  # one layer alone loses less than all together
+    assert "calibrate.samples: 32 are few; 100 to 400 are usual" in facts["suggestions"]
+    assert "int8 kernels" in facts["arithmetic"]
+
+
+def test_the_baked_student_is_what_the_backend_quantized(finished):
+    """Its weights lie on the grid already, so its own rounding to int8 is exact."""
+    student = onnx.load(finished.artifact("baked_student"))
+    assert student.opset_import[0].version == 17
+    assert student.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    weights = {i.name: numpy_helper.to_array(i) for i in student.graph.initializer}
+    for node in student.graph.node:
+        if node.op_type == "Conv":
+            rows = weights[node.input[1]].reshape(len(weights[node.input[1]]), -1)
+            codes = rows / (np.abs(rows).max(axis=1, keepdims=True) / 127)
+            assert np.allclose(codes, np.rint(codes), atol=1e-3)
+
+
+def test_ranges_can_be_edited_and_used_again(finished):
+    before = finished.artifact("ranges").read_text()
+    raw = json.loads(before)
+    name = next(iter(raw["tensors"]))
+    raw["tensors"][name]["hi"] *= 0.02
+    (finished.root / "mine.json").write_text(json.dumps(raw))
+    finished.edit("calibrate", "ranges_file", to="mine.json")
+    sqnr = calibrated(finished)["logits_sqnr_db"]
+    assert rerun(finished, "--allow", "gate=int8_loss:test").returncode == 0
+    assert finished.artifact("ranges").read_text() == json.dumps(raw, indent=1) + "\n"
+    assert calibrated(finished)["logits_sqnr_db"] < sqnr - 3
+    assert rerun(finished, "--allow", "gate=int8_loss:test").stderr.startswith("calibrate  fresh")
+
+    del raw["tensors"][name]
+    (finished.root / "mine.json").write_text(json.dumps(raw))
+    refused = rerun(finished)
+    assert refused.returncode == 3
+    assert f"calibrate.ranges_file: no range for tensor {name!r}" in refused.stderr
+
+
+def test_a_tensor_may_have_another_observer_or_a_given_range(finished):
+    finished.edit("calibrate", "ranges", to={"*": "percentile", "input": [-2.0, 2.5]})
+    finished.edit("calibrate", "sensitivity", to=0)
+    assert rerun(finished, "--allow", "gate=int8_loss:test").returncode == 0
+    tensors = json.loads(finished.artifact("ranges").read_text())["tensors"]
+    assert tensors["input"]["observer"] == "given"
+    assert (tensors["input"]["lo"], tensors["input"]["hi"]) == (-2.0, 2.5)
+    assert {t["observer"] for n, t in tensors.items() if n != "input"} == {"percentile"}
+    assert "worst_layers" not in calibrated(finished)
+
+    finished.edit("calibrate", "ranges", to={"nowhere": "mse"})
+    refused = rerun(finished)
+    assert refused.returncode == 3
+    assert "calibrate.ranges: 'nowhere' fits no tensor of the student" in refused.stderr
+
+
+def test_options_show_what_they_gain(finished):
+    finished.edit("calibrate", "equalization", to=True)
+    finished.edit("calibrate", "weight_clipping", to=True)
+    assert rerun(finished, "--allow", "gate=int8_loss:test").returncode == 0
+    names = {row["name"] for row in calibrated(finished)["variants"]}
+    assert {"without equalization", "without weight clipping"} <= names
+
+
+def test_the_curve_of_sample_sizes_writes_nothing(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*")}
+    found = finished.kdpipe("calibrate", "--sizes", "4,32,16", "--json")
+    assert found.returncode == 0, found.stderr
+    rows = json.loads(found.stdout)["curve"]
+    assert [row["samples"] for row in rows] == [4, 16, 32]
+    assert rows[-1]["sqnr_db"] == pytest.approx(calibrated(finished)["logits_sqnr_db"], abs=0.01)
+    assert rows[0]["sqnr_db"] != rows[-1]["sqnr_db"]
+    assert {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*")} == before
+    assert "host-emulation" in finished.kdpipe("calibrate", "--sizes", "4").stdout
+    assert finished.kdpipe("calibrate", "--sizes", "many").returncode == 2
+    too_many = finished.kdpipe("calibrate", "--sizes", "2000")
+    assert too_many.returncode == 3
+    assert "has only" in too_many.stderr
