@@ -35,6 +35,7 @@ class CompileParams:
     aipu_cores: Annotated[int, Meta(ge=1, le=4)] = 1  # also the batch of one call
     sdk_python: str | None = environment_field(PYTHON_VARIABLE)  # the SDK's interpreter
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of the SDK's CompilerConfig
+    try_schemes: Literal["all"] | None = unkeyed_field(None)  # calibrate tries them
     time_limit: Annotated[float, Meta(gt=0)] = unkeyed_field(14_400.0)  # seconds, for each step
     sdk_release: Literal["1.2", "1.3", "1.4", "1.5", "1.6", "1.7", "1.8"] = "1.8"  # for the YAML
     path_prefix: str = ""  # put before file names in the YAML: where the folder will lie
@@ -88,7 +89,7 @@ def _write_pipeline(job: Job, params: CompileParams, given: StudentInput, scheme
         path_prefix=params.path_prefix,
     )
     (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
-    shutil.copyfile(job.inputs["student"], folder / pipeline.weight_path)
+    shutil.copyfile(job.inputs["baked_student"], folder / pipeline.weight_path)
     _write_images(job, contract, given, folder / pipeline.dataset)
     return ""
 
@@ -191,6 +192,7 @@ STAGE = Stage(
         "student_input",
         "dataset",
         "student",
+        "baked_student",
         "calibration_set",
         "quantized_model",
     ),
