@@ -6,6 +6,7 @@ Nothing here was measured on a device, and no figure of this file may be shown a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from metis.cost_model import (
     Settings,
     frame_ms,
     load_cost_model,
+    published_rows,
     two_times,
 )
 from metis.workload import Layer, UnpricedError, Workload, read_workload
@@ -137,13 +139,15 @@ class Estimate:
                 f"   latency {ms.value:.2f} ms {_band(ms, '.2f')}  [estimate]"
             )
         for miss in self.misses:
-            yield f"no error band, expect less: {miss}"
+            yield f"no error band: {miss}"
         for cores, figures in self.by_cores.items():
             values = " / ".join(f"{figures[board].value:.0f}" for board in BOARDS)
             yield f"  with aipu_cores {cores}: {values} frames/s (PCIe / M.2)  [estimate]"
         for board, found in self.boards.items():
             parts = ", ".join(f"{t} {100 * s:.0f} %" for t, s in found.shares().items())
             yield f"  time on {BOARD_NAMES[board]}: {parts}"
+        kinds = Counter(time.layer.op_type for time in self.boards["pcie"].layers)
+        yield "  operators: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
         yield f"{'ms/frame':>10} {'share':>6}  {'dominant':<10} layer (PCIe)"
         found = self.boards["pcie"]
         total = sum(time.ms for time in found.layers)
@@ -173,7 +177,7 @@ def estimate(
     obstacle = _obstacle(workload, costs)
     if obstacle:
         return _without_figures(settings, costs, obstacle)
-    misses = (*workload.misses, *_doubts(workload, costs))
+    misses = (*workload.misses, *_doubts(workload, settings, costs))
     others = (Settings(cores, settings.replication) for cores in (1, 2, CORES))
     return Estimate(
         settings,
@@ -260,7 +264,10 @@ def _obstacle(workload: Workload, costs: CostModel) -> str:
     return ""
 
 
-def _doubts(workload: Workload, costs: CostModel) -> Iterator[str]:
+def _doubts(workload: Workload, settings: Settings, costs: CostModel) -> Iterator[str]:
+    fastest = max(row.fps["pcie"] for row in published_rows())
+    if 1000 / frame_ms(workload.total, settings, costs, "pcie") > fastest:
+        yield f"no published network is faster than {fastest:.0f} frames/s; the host may be slower"
     spill = workload.total.spill_bytes / 1e6
     if spill > costs.doubtful_spill:
         yield (
