@@ -143,18 +143,23 @@ def export_network(
         What was rewritten for the chip, and what of it is refused all the same.
 
     Raises:
-        StageError: the simplified or the rewritten graph is not proven equal to the exported one.
+        StageError: torch can't export the network, or the simplified or the rewritten graph is not
+            proven equal to the exported one.
     """
     network.eval()
-    torch.onnx.export(
-        network,
-        (torch.zeros(1, *shape),),
-        str(path),
-        opset_version=OPSET,
-        dynamo=False,
-        input_names=["input"],
-        output_names=["logits"],
-    )
+    try:
+        torch.onnx.export(
+            network,
+            (torch.zeros(1, *shape),),
+            str(path),
+            opset_version=OPSET,
+            dynamo=False,
+            input_names=["input"],
+            output_names=["logits"],
+        )
+    except torch.onnx.OnnxExporterError as error:
+        first = str(error).strip().splitlines()[0]
+        raise StageError(f"torch can't write the network as ONNX: {first[:200]}") from error
     simplified, proven = onnxsim.simplify(onnx.load(path))
     if not proven:
         raise StageError("onnxsim could not prove the simplified student equal to the exported one")

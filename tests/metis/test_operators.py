@@ -1,4 +1,4 @@
-"""The rules for operators on tiny graphs, kept and broken, and on networks that people pick."""
+"""The rules for operators on tiny graphs, kept and broken."""
 
 import time
 
@@ -6,13 +6,10 @@ import numpy as np
 import onnx
 import pytest
 import timm
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch.utils.flop_counter import FlopCounterMode
 
 from metis.operators import REWRITES, check_model, count_macs
-from pipeline.students import export_student
-from preprocessing.contract import StudentInput
+from pipeline.students import export_network
 
 X = (1, 8, 16, 16)
 X64 = (1, 64, 16, 16)
@@ -475,115 +472,10 @@ def test_the_share_of_macs_on_the_chip():
     assert report.share_on_chip == pytest.approx(conv / (conv + matmul))
 
 
-def exported(network, path, size):
-    given = StudentInput(
-        modality="optical",
-        bands=(0, 1, 2),
-        patch_hw=(4, 4),
-        size_hw=(size, size),
-        interpolation="nearest",
-        half_pixel_centers=False,
-        device_resize=False,
-        encoding="contract",
-        grey_lo=(0.0,) * 3,
-        grey_hi=(255.0,) * 3,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        contract="0" * 64,
-    )
-    export_student(network, given, path)
-    return onnx.load(path)
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-#: Squeeze-and-excitation averages by ReduceMean; an equal GlobalAveragePool would be listed.
-GATED = {"ReduceMean"}
-
-#: Written by hand from the rules: what of a network is refused although an exact rewrite cures it.
-CHIP = [
-    # Convolutions, Relu, Add of two maps, MaxPool with explicit pads, one Gemm.
-    ("resnet18", 64, set()),
-    # Depthwise kernels of 3 and 5, Relu, no gates.
-    ("mobilenetv4_conv_small", 64, set()),
-    # HardSwish and HardSigmoid come out fused; the gates are averages.
-    ("mobilenetv3_small_100", 64, GATED),
-    # SiLU is Sigmoid and a Mul of two maps of one shape; depthwise kernels of 3 and 5.
-    ("efficientnet_b0", 64, GATED),
-    # Grouped convolutions with square kernels and strides, no gates.
-    ("regnetx_002", 64, set()),
-    slow("resnet34", 64, set()),
-    slow("resnet50", 64, set()),
-    slow("resnet50d", 64, set()),  # average pools in ceil mode: see below
-    slow("resnet10t", 64, set()),
-    slow("resnext50_32x4d", 64, set()),
-    slow("regnetx_016", 64, set()),
-    slow("regnety_002", 64, GATED),  # the y is for gates
-    slow("regnety_016", 64, GATED),
-    slow("mobilenetv4_conv_small_050", 64, set()),
-    slow("mobilenetv4_conv_medium", 224, set()),
-    slow("mobilenetv4_conv_large", 64, set()),
-    slow("mobilenetv3_large_100", 64, GATED),
-    slow("tf_mobilenetv3_large_minimal_100", 64, set()),  # minimal: no gates, Relu only
-    slow("efficientnet_b1", 64, GATED),
-    slow("efficientnet_b2", 64, GATED),
-    slow("efficientnet_b3", 64, GATED),
-    slow("efficientnet_b4", 64, GATED),
-    slow("efficientnet_lite0", 64, set()),  # lite: no gates, Relu6
-    slow("repvgg_a0", 64, set()),  # before it is fused: parallel branches and Add
-    slow("densenet121", 64, set()),  # Concat along channels, average pools without pads
-    slow("mobilenetv2_100", 64, set()),
-    slow("ghostnet_100", 64, {"ReduceMean"}),  # Concat and gates; its Slice is along channels
-]
-
-
-@pytest.mark.parametrize(("name", "size", "refused"), CHIP)
-def test_networks_for_the_chip(tmp_path, name, size, refused):
-    network = timm.create_model(name, num_classes=17).eval()
-    report = check_model(exported(network, tmp_path / "n.onnx", size))
-    assert {node.op_type for node in report.refused} == refused
-    assert report.fatal == []
-    assert report.share_on_chip == 1.0
-    # Torch counts a multiplication and an addition as two, convolutions and products only.
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, size, size))
-    assert 2 * report.macs == counter.get_total_flops()
-
-
-#: Written by hand: operators among those that nothing cures.
-NOT_FOR_THE_CHIP = [
-    # Attention multiplies matrices and transposes; it normalizes by layer, its GELU is an Erf.
-    ("vit_tiny_patch16_224", 224, {"MatMul", "Transpose", "LayerNormalization", "Erf", "Softmax"}),
-    # GELU. Its layer scales of shape [C, 1, 1] would be cured. In token mixers, x - norm(x).
-    slow("fastvit_t8", 256, {"Erf", "Div", "Sub"}),
-    # Decoupled attention has depthwise kernels of 1 x 5 and 5 x 1.
-    slow("ghostnetv2_100", 224, {"Conv"}),
-    slow("convnext_atto", 224, {"LayerNormalization", "Transpose", "Erf"}),
-    # The hybrid ones have attention.
-    slow("mobilenetv4_hybrid_medium", 224, {"MatMul", "Transpose", "Softmax"}),
-    # Its gates run a 1-D convolution over channels, with reshapes around it.
-    slow("eca_resnet33ts", 256, {"Reshape"}),
-]
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch's tracer, about attention
-@pytest.mark.parametrize(("name", "size", "among"), NOT_FOR_THE_CHIP)
-def test_networks_that_the_chip_does_not_run(tmp_path, name, size, among):
-    network = timm.create_model(name, num_classes=17)
-    report = check_model(exported(network, tmp_path / "n.onnx", size))
-    assert among <= {node.op_type for node in report.fatal}
-
-
-@pytest.mark.slow
-def test_average_pools_in_ceil_mode_are_doubtful(tmp_path):
-    report = check_model(exported(timm.create_model("resnet50d"), tmp_path / "n.onnx", 64))
-    assert {node.op_type for node in report.doubtful} == {"AveragePool"}
-
-
 def test_a_check_takes_a_fraction_of_a_second(tmp_path):
-    model = exported(timm.create_model("mobilenetv4_conv_small"), tmp_path / "n.onnx", 64)
+    path = tmp_path / "n.onnx"
+    export_network(timm.create_model("mobilenetv4_conv_small"), (3, 64, 64), path)
+    model = onnx.load(path)
     started = time.process_time()
     check_model(model)
     assert time.process_time() - started < 2

@@ -5,8 +5,14 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.reference import reference_logits
-from pipeline.stage import InputError
-from pipeline.students import build_student, export_student, parameter_count, torch_logits
+from pipeline.stage import InputError, StageError
+from pipeline.students import (
+    build_student,
+    export_network,
+    export_student,
+    parameter_count,
+    torch_logits,
+)
 from preprocessing.contract import StudentInput
 
 
@@ -48,6 +54,29 @@ def test_an_export_is_opset_17_nchw_batch_1_and_equal(tmp_path, name, channels, 
     assert torch_logits(network, tensors, batch=4) == pytest.approx(
         reference_logits(path, tensors), abs=1e-4
     )
+
+
+class Exotic(torch.nn.Module):
+    def forward(self, x):
+        return torch.linalg.svdvals(x.flatten(2))
+
+
+def test_what_torch_can_not_export_is_one_line(tmp_path):
+    with pytest.raises(StageError, match=r"torch can't write the network as ONNX: .*svdvals"):
+        export_network(Exotic(), (3, 8, 8), tmp_path / "n.onnx")
+
+
+def test_an_export_says_what_was_rewritten_and_proves_it_on_real_inputs_too(tmp_path):
+    given = student_input(1, 32)
+    network = build_student("mobilenetv3_small_050", given, 5, seed=1)
+    real = np.random.default_rng(0).normal(3, 9, (6, 1, 32, 32)).astype(np.float32)
+    alone = export_student(network, given, tmp_path / "a.onnx")
+    proven = export_student(network, given, tmp_path / "b.onnx", real)
+    assert proven.inputs_tried == alone.inputs_tried + 6
+    assert {rewrite.name for rewrite in proven.rewrites} == {"global pool"}
+    operators = [node.op_type for node in onnx.load(tmp_path / "b.onnx").graph.node]
+    assert operators.count("GlobalAveragePool") == len(proven.rewrites) + 1  # and the last pool
+    assert "ReduceMean" not in operators
 
 
 def test_the_seed_gives_the_weights():
