@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from metis import int8
 from metis.backend import SCHEMES, BackendError, CompiledModel, Probe, QuantizedModel
+from metis.device_tensors import device_specs, with_device_tensors
 from metis.folding import Parts, prepare, with_batch
 from metis.quantizer import UINT8_SHIFT, quantized_graph, watch
 from metis.ranges import RangeError, Ranges, choose
@@ -50,9 +51,6 @@ ASSUMPTIONS = (
     "input channels padded to a multiple of 4, output channels to a multiple of 64",
     "tables have 256 entries and are exact (SDK 1.7 has 16 segments for HardSwish)",
 )
-
-INPUT_CHANNELS_MULTIPLE = 4
-OUTPUT_CHANNELS_MULTIPLE = 64
 
 #: Integer kernels that add up without saturating. Without this, CPUs that lack VNNI saturate 16-bit
 #: sums, and the loss that is reported is the CPU's, not the quantization's (onnxruntime's answer to
@@ -191,7 +189,7 @@ class Emulator:
         for name, part in (("preamble", parts.preamble), ("postamble", parts.postamble)):
             if part is not None:
                 onnx.save(part, into / f"{name}.onnx")
-        inputs, outputs = _device_specs(graph)
+        inputs, outputs = device_specs(graph)
         made = QuantizedModel(
             path=into,
             entry="model.onnx",
@@ -224,7 +222,7 @@ class Emulator:
             for spec in (model.inputs[0], model.outputs[0])
         )
         graph = with_batch(onnx.load(model.path / model.entry), aipu_cores)
-        lowered = _with_device_tensors(graph, inputs, outputs)
+        lowered = with_device_tensors(graph, inputs, outputs)
         onnx.checker.check_model(lowered)
         onnx.save(lowered, into / "model.onnx")
         ends = {}
@@ -315,7 +313,7 @@ def int8_logits(
     """What `Emulator.infer` gives for this int8 graph of the core, without a file."""
     options = arithmetic(scheme)[1]
     steps: list[Step] = [
-        partial(_on_grid, spec=_device_specs(graph)[0]),
+        partial(_on_grid, spec=device_specs(graph)[0]),
         partial(_run, _session(graph.SerializeToString(), options)),
     ]
     if parts.preamble is not None:
@@ -342,116 +340,3 @@ def _on_grid(tensor: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.float3
     grid already come out the same either way.
     """
     return dequantize(quantize(tensor, spec.scale, spec.zero_point), spec.scale, spec.zero_point)
-
-
-def _ends(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, onnx.NodeProto]:
-    """The QuantizeLinear after the input and the DequantizeLinear before the output."""
-    readers = [node for node in graph.node if graph.input[0].name in node.input]
-    writers = [node for node in graph.node if graph.output[0].name in node.output]
-    kinds = [node.op_type for node in (*readers, *writers)]
-    if kinds != ["QuantizeLinear", "DequantizeLinear"]:
-        raise BackendError(
-            f"the quantized model's ends are {', '.join(kinds)}; a device takes int8 and gives "
-            "int8, so one QuantizeLinear must follow the input and one DequantizeLinear end it"
-        )
-    return readers[0], writers[0]
-
-
-def _device_specs(model: onnx.ModelProto) -> tuple[TensorSpec, TensorSpec]:
-    """The device tensors of one frame, from the ends of a QDQ graph."""
-    graph = model.graph
-    first, last = _ends(graph)
-    _, channels, height, width = (d.dim_value for d in graph.input[0].type.tensor_type.shape.dim)
-    made = [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim][1:]
-    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-
-    def spec(
-        node: onnx.NodeProto, name: str, hwc: tuple[int, int, int], multiple: int
-    ) -> TensorSpec:
-        height, width, channels = hwc
-        padding = -channels % multiple
-        return TensorSpec(
-            name=name,
-            shape=(1, height, width, channels + padding),
-            padding=((0, 0), (0, 0), (0, 0), (0, padding)),
-            scale=float(constants[node.input[1]]),
-            zero_point=int(constants[node.input[2]]) - UINT8_SHIFT,
-        )
-
-    return (
-        spec(first, graph.input[0].name, (height, width, channels), INPUT_CHANNELS_MULTIPLE),
-        spec(
-            last,
-            graph.output[0].name,
-            (*made[1:], made[0]) if len(made) == 3 else (1, 1, made[0]),
-            OUTPUT_CHANNELS_MULTIPLE,
-        ),
-    )
-
-
-def _with_device_tensors(
-    model: onnx.ModelProto, into: TensorSpec, out: TensorSpec
-) -> onnx.ModelProto:
-    """Replace the float ends of a QDQ graph by the int8, NHWC, padded tensors of a device."""
-    graph = model.graph
-    first, last = _ends(graph)
-    nodes = [node for node in graph.node if node not in (first, last)]
-    before, constants_before = _device_to_codes(into, first.output[0])
-    after, constants_after = _codes_to_device(out, last.input[0])
-    lowered = helper.make_graph(
-        [*before, *nodes, *after],
-        "metis_emulation",
-        [helper.make_tensor_value_info("input_int8", TensorProto.INT8, into.shape)],
-        [helper.make_tensor_value_info("output_int8", TensorProto.INT8, out.shape)],
-        [*graph.initializer, *constants_before, *constants_after],
-    )
-    result = helper.make_model(lowered, opset_imports=model.opset_import)
-    result.ir_version = model.ir_version
-    return result
-
-
-def _device_to_codes(
-    spec: TensorSpec, codes: str
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """int8 NHWC padded -> uint8 NCHW codes, whose zero point lies UINT8_SHIFT higher."""
-    ends = np.array(spec.unpadded[3:], np.int64)
-    constants = [
-        numpy_helper.from_array(np.array([0], np.int64), "depad_start"),
-        numpy_helper.from_array(ends, "depad_end"),
-        numpy_helper.from_array(np.array([3], np.int64), "depad_axis"),
-        numpy_helper.from_array(np.array(UINT8_SHIFT, np.int32), "input_shift"),
-    ]
-    make = helper.make_node
-    nodes = [
-        make("Slice", ["input_int8", "depad_start", "depad_end", "depad_axis"], ["depadded"]),
-        make("Transpose", ["depadded"], ["nchw"], perm=[0, 3, 1, 2]),
-        make("Cast", ["nchw"], ["nchw_wide"], to=TensorProto.INT32),
-        make("Add", ["nchw_wide", "input_shift"], ["shifted"]),
-        make("Cast", ["shifted"], [codes], to=TensorProto.UINT8),
-    ]
-    return nodes, constants
-
-
-def _codes_to_device(
-    spec: TensorSpec, codes: str
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """uint8 codes, (N, classes) or NCHW -> int8 NHWC padded with the zero point."""
-    n, height, width, channels = spec.unpadded
-    nchw = (n, channels, height, width)
-    pads = np.array([p[0] for p in spec.padding] + [p[1] for p in spec.padding], np.int64)
-    constants = [
-        numpy_helper.from_array(np.array(UINT8_SHIFT, np.int32), "output_shift"),
-        numpy_helper.from_array(np.array(nchw, np.int64), "output_shape"),
-        numpy_helper.from_array(pads, "output_pads"),
-        numpy_helper.from_array(np.array(spec.zero_point, np.int32), "output_zero"),
-    ]
-    make = helper.make_node
-    nodes = [
-        make("Cast", [codes], ["codes_wide"], to=TensorProto.INT32),
-        make("Sub", ["codes_wide", "output_shift"], ["codes_int8"]),
-        make("Reshape", ["codes_int8", "output_shape"], ["output_nchw"]),
-        make("Transpose", ["output_nchw"], ["nhwc"], perm=[0, 2, 3, 1]),
-        make("Pad", ["nhwc", "output_pads", "output_zero"], ["padded"]),
-        make("Cast", ["padded"], ["output_int8"], to=TensorProto.INT8),
-    ]
-    return nodes, constants
