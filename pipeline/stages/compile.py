@@ -63,7 +63,18 @@ def run(job: Job, params: CompileParams) -> Facts:
         "pipeline_yaml": None if obstacle else f"{job.run}.yaml",
         "pipeline_yaml_obstacle": obstacle,
         "device_constants": None if obstacle else _device_constants(job, given),
+        "estimate": _estimate(job.inputs["student"], params.aipu_cores),
     }
+
+
+def _estimate(student: Path, aipu_cores: int) -> dict[str, Any]:
+    """What the graph promises on a card; never a measurement."""
+    import onnx
+
+    from metis.cost_model import Settings
+    from metis.estimator import estimate
+
+    return estimate(onnx.load(student), Settings(aipu_cores)).facts()
 
 
 def _write_pipeline(job: Job, params: CompileParams, given: StudentInput, scheme: str) -> str:
