@@ -9,6 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
+from metis.cost_model import Settings
+from metis.estimator import estimate
+
 
 def kdpipe(*words):
     return subprocess.run(
@@ -84,3 +87,10 @@ def test_wrong_words():
     assert (result.returncode, result.stdout) == (2, "")
     assert "no-such-network" in result.stderr
     assert kdpipe("estimate", "resnet10t", "--aipu-cores", 5).returncode == 2
+
+
+def test_compile_records_the_estimate_of_its_student(finished):
+    found = finished.manifest["stages"]["compile"]["facts"]["estimate"]
+    student = onnx.load(finished.artifact("student"))
+    assert found == estimate(student, Settings(found["settings"]["aipu_cores"])).facts()
+    assert found["boards"]["pcie"]["throughput"]["measured_on"] == "estimate"
