@@ -9,7 +9,7 @@ the rewrite. What a proof found is said in the record of the rewrite.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,15 @@ class Rewrite:
     max_abs_difference: float  # of any output; all changes of one name are proven together
     share_of_range: float  # the same, relative to the output's range
 
+    def proof(self) -> str:
+        """What the proof found, in words."""
+        if not self.max_abs_difference:
+            return "outputs equal"
+        return (
+            f"outputs differ by up to {self.max_abs_difference:.2g}, "
+            f"{self.share_of_range:.1g} of their range"
+        )
+
 
 @dataclass(frozen=True)
 class Legalized:
@@ -62,19 +71,15 @@ class Legalized:
     report: OperatorReport  # of `model`
     inputs_tried: int
     max_abs_difference: float  # of any output, between the first graph and the last
-    note: str = ""  # why something was left as it is
+    note: str = ""  # why nothing was rewritten, or why the proofs show little
 
     def facts(self) -> list[dict[str, Any]]:
         """The rewrites as a manifest or a program reads them."""
-        return [vars(rewrite) for rewrite in self.rewrites]
+        return [asdict(rewrite) for rewrite in self.rewrites]
 
     def lines(self) -> list[str]:
         """The rewrites as a terminal shows them."""
-        return [
-            f"rewrite   {r.name:<16} {r.node}: {r.words} "
-            f"(differs by {r.max_abs_difference:.2g}, {r.share_of_range:.2g} of the range)"
-            for r in self.rewrites
-        ]
+        return [f"rewrite   {r.name:<16} {r.node}: {r.words} ({r.proof()})" for r in self.rewrites]
 
 
 def legalize(
@@ -103,13 +108,13 @@ def legalize(
     except Exception as error:  # onnxruntime has many kinds  # noqa: BLE001
         note = f"nothing was rewritten: onnxruntime can't run the graph: {_first_line(error)}"
         return Legalized(model, (), before, before, 0, 0.0, note)
-    note = _convert_opset(work)
+    refused = _convert_opset(work)
     report = check_model(work.model)
-    if not note:
+    if refused:
+        report = _with_note(report, refused)
+    else:
         while _rewrite_one_kind(work, report):
             report = check_model(work.model)
-    else:
-        report = _with_note(report, note)
     return Legalized(
         work.model,
         tuple(work.done),
@@ -117,7 +122,7 @@ def legalize(
         report,
         inputs_tried=len(work.feeds),
         max_abs_difference=work.total_difference(),
-        note=note,
+        note=work.doubt() if work.done else "",
     )
 
 
@@ -204,6 +209,13 @@ class _Work:
     def total_difference(self) -> float:
         """Between the first graph and the present one."""
         return _compare(self._first, self._restored(self._answers, self.cut))[0]
+
+    def doubt(self) -> str:
+        """What makes the proofs weak, if anything does."""
+        varies = any(
+            np.ptp(np.stack(rows), axis=0).any() for rows in zip(*self._first, strict=True)
+        )
+        return "" if varies else "the graph answers the same to all inputs: the proofs show little"
 
     def _restored(self, answers: Answers, cut: dict[int, onnx.NodeProto]) -> Answers:
         """Answers with the softmaxes done that were cut off."""

@@ -102,8 +102,9 @@ def lines(legalized: Legalized) -> list[str]:
     found = legalized.lines()
     if found:
         found.append(
-            f"{len(legalized.rewrites)} rewrites; over {legalized.inputs_tried} random inputs the "
-            f"outputs differ by at most {legalized.max_abs_difference:.2g} in all"
+            f"in all {len(legalized.rewrites)}; over {legalized.inputs_tried} random inputs the "
+            "outputs of the first graph and the last differ by at most "
+            f"{legalized.max_abs_difference:.2g}"
         )
     if legalized.note:
         found.append(legalized.note)

@@ -8,6 +8,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from metis.legalizer import legalize
 from metis.operators import check_model
 from pipeline.students import export_network
 
@@ -104,6 +105,46 @@ def test_networks_for_the_chip(tmp_path, name, size, rewrites):
         expected = network(tensors).numpy()
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = np.concatenate([session.run(None, {"input": t[None].numpy()})[0] for t in tensors])
+    assert np.abs(found - expected).max() <= 1e-4 * np.ptp(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "opset"),
+    [
+        ("mobilenetv3_small_100", 18),
+        slow("mobilenetv3_small_100", 11),
+        slow("efficientnet_b0", 13),
+        slow("ghostnet_100", 20),
+        slow("densenet121", 21),
+        slow("regnety_002", 18),
+        slow("inception_v3", 18),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, about exports of old opsets
+def test_a_plain_export_with_another_opset_and_a_free_batch(tmp_path, name, opset):
+    """As others write it: nothing simplified, the batch free."""
+    path = tmp_path / "n.onnx"
+    torch.onnx.export(
+        network_of(name),
+        (torch.zeros(1, 3, 96, 96),),
+        str(path),
+        opset_version=opset,
+        dynamo=False,
+        input_names=["x"],
+        dynamic_axes={"x": {0: "N"}},
+    )
+    model = onnx.load(path)
+    legalized = legalize(model)
+    assert legalized.report.refused == []
+    assert legalized.report.share_on_chip == 1.0
+    assert {"opset", "batch to 1"} <= {rewrite.name for rewrite in legalized.rewrites}
+    x = np.random.default_rng(0).normal(size=(3, 3, 96, 96)).astype(np.float32)
+    before, after = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"])
+        for m in (model, legalized.model)
+    )
+    expected = before.run(None, {"x": x})[0]
+    found = np.concatenate([after.run(None, {"x": row[None]})[0] for row in x])
     assert np.abs(found - expected).max() <= 1e-4 * np.ptp(expected)
 
 

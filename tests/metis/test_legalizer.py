@@ -362,6 +362,12 @@ def test_an_opset_that_does_not_convert_is_refused_with_the_reason():
     assert entry.cure == "export with opset 17"
 
 
+def test_a_graph_that_ignores_its_input_proves_little():
+    model = net("a = Relu(x)  b = Identity(a)  c = Mul(b, zero)  y = Relu(c)")
+    assert "answers the same to all inputs" in legalize(model).note
+    assert legalize(net("a = Relu(x)  b = Identity(a)  y = Relu(b)")).note == ""
+
+
 def test_what_can_not_be_run_is_left_as_it_is():
     free = legalize(net("y = Identity(x)", x="1,8,16,W", y="1,8,16,W"))
     assert "the shape of x is not fixed" in free.note
