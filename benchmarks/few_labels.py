@@ -15,11 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +115,13 @@ def so2sat() -> Data:
     images, labels = (np.concatenate(same) for same in zip(*parts, strict=True))
     views = {"count": 8, "shift": 2, "zoom": 0.0}
     return Data(
-        images, labels, 3400, 800, 340, 2.8, [2, 1, 0], 32, "test_byobnet", 24, views, 4.0, True
+        images, labels, 3400, 800, 340, 2.8, [2, 1, 0], 32, "test_byobnet", 16, views, 4.0, True
     )
 
 
 def main() -> None:
     """Measure what is asked for."""
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("data", nargs="*", help="digits, mnist, landsat, so2sat; default all")
     parser.add_argument("--seeds", type=int, default=5)
@@ -132,7 +136,9 @@ def main() -> None:
             root = Path(folder)
             write_project(root, data)
             for few in (False,) if given.full else (True, False):
-                found = [one_seed(root, data, seed, few) for seed in range(given.seeds)]
+                with ThreadPoolExecutor(os.cpu_count()) as threads:
+                    measure = partial(one_seed, root, data, few)
+                    found = list(threads.map(measure, range(given.seeds)))
                 print(row(name, data, few, found), flush=True)
 
 
@@ -256,7 +262,7 @@ def teach(tensors: np.ndarray, labels: np.ndarray, size: int, seed: int) -> nn.M
     return network.eval()
 
 
-def one_seed(root: Path, data: Data, seed: int, few: bool) -> tuple[float, float, float]:
+def one_seed(root: Path, data: Data, few: bool, seed: int) -> tuple[float, float, float]:
     """Top-1 of the ensemble (on val), of the student without teacher, and distilled (on test)."""
     changes = [f"seed={seed}"]
     if not few:
@@ -266,12 +272,15 @@ def one_seed(root: Path, data: Data, seed: int, few: bool) -> tuple[float, float
         ]
     words = [word for change in changes for word in ("--set", change)]
     run = f"{'few' if few else 'full'}{seed}"
-    subprocess.run(
+    done = subprocess.run(
         [KDPIPE, "run", "--to", "distill", "--run", run, *words],
         cwd=root,
-        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
+        text=True,
     )
+    if done.returncode:
+        sys.exit(f"{run}: {done.stderr}")
     manifest = load_manifest(root / "runs" / run)
     assert manifest is not None
     paths = {n: root / "runs" / run / a.path for n, a in manifest.artifacts.items()}
