@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
-from metis.backend import backend_tools, open_backend, require_backend
+from metis.backend import SCHEMES, SdkOptions, backend_tools, open_backend, require_backend
 from pipeline.stage import (
     Facts,
     Gate,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
+    from metis.backend import QuantizedModel
     from metis.ranges import Ranges
     from pipeline.calibration import Calibrated, Recipe
     from preprocessing.contract import StudentInput
@@ -47,6 +48,9 @@ class CalibrateParams:
     weight_clipping: bool = False  # cut weights where that rounds better
     sensitivity: Annotated[int, Meta(ge=0)] = 64  # validation patches for it; 0: leave it out
     backend: Literal["emulator", "voyager"] | None = same_as_field("compile.backend")
+    try_schemes: Literal["all"] | None = same_as_field("compile.try_schemes")
+    extra: dict[str, Any] | None = same_as_field("compile.extra")  # noqa: RUF009 - a field
+    time_limit: float | None = same_as_field("compile.time_limit", unkeyed=True)
     max_int8_loss: Annotated[float, Meta(gt=0)] = unkeyed_field(1.0)  # points of top-1
 
 
@@ -133,25 +137,38 @@ def _quantized(
     from metis.emulator import arithmetic
     from pipeline.calibration import emulated
     from pipeline.parity import compare_int8
+    from pipeline.schemes import quantize_best
     from pipeline.splits import DatasetSplit
 
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
-    backend = open_backend(str(params.backend))
-    with job.progress(f"quantize with {backend.name}", params.samples) as bar:
-        model = backend.quantize(
-            job.outputs["baked_student"],
-            samples,
-            job.outputs["quantized_model"],
-            scheme=params.scheme,
-            progress=bar.update,
-            ranges=job.outputs["ranges"],
-        )
+    options = SdkOptions(params.extra or {}, params.time_limit or SdkOptions.time_limit_s)
+    backend = open_backend(str(params.backend), options)
+
+    def quantize(scheme: str, into: Path) -> QuantizedModel:
+        with job.progress(f"{scheme} with {backend.name}", params.samples) as bar:
+            return backend.quantize(
+                job.outputs["baked_student"],
+                samples,
+                into,
+                scheme=scheme,
+                progress=bar.update,
+                # They were chosen for one scheme; with another the backend observes by itself.
+                ranges=job.outputs["ranges"] if scheme == params.scheme else None,
+            )
+
+    model, figures, tried = quantize_best(
+        quantize,
+        lambda model: compare_int8(job.inputs["student"], model, given, val),
+        SCHEMES if params.try_schemes else (params.scheme,),
+        job.outputs["quantized_model"],
+    )
     facts: dict[str, Any] = {
         "backend": model.backend,
         "backend_version": model.version,
         "scheme": model.scheme,
-        "arithmetic": arithmetic(params.scheme)[0],
-        **compare_int8(job.inputs["student"], model, given, val),
+        "schemes": tried,
+        "arithmetic": arithmetic(model.scheme)[0] if backend.name == "emulator" else "the SDK's",
+        **figures,
     }
     if backend.name != "emulator":
         files = job.outputs["baked_student"], job.outputs["ranges"]
@@ -180,7 +197,10 @@ def _examined(
     frames, labels = student_tensor(val.images, given), np.asarray(val.labels)
     exact = reference_logits(job.inputs["student"], frames)
     samples = job.outputs["calibration_set"] / "samples.npy"
+    rounded = reference_logits(job.outputs["baked_student"], frames)
     facts: dict[str, Any] = {
+        # Weights and biases alone, in float: what the vendor's compiler starts from.
+        "baked": {**calibration.figures(exact, rounded, labels), "measured_on": "host-float"},
         "host_operators": calibrated.parts.host_operators,
         "variants": calibration.variants(
             calibrated, recipe, job.inputs["student"], samples, (frames, exact, labels)

@@ -1,0 +1,193 @@
+"""The whole command line with the stand-in SDK in an environment of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stand_in_sdk import install_stand_in, packages_of, release
+
+WORDS = ("--set", "compile.backend=voyager", "--set", "calibrate.sensitivity=0")
+TO_COMPILE = ("run", "--from", "calibrate", "--to", "compile", *WORDS)
+
+
+@pytest.fixture
+def sdk(finished, monkeypatch):
+    """A finished emulated run beside a fresh SDK 1.7.0; the environment names its interpreter."""
+    python = install_stand_in(finished.root / "sdk", "1.7.0")
+    monkeypatch.setenv("KDPIPE_SDK_PYTHON", str(python))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    return python
+
+
+def other_release(python, version):
+    for name in ("axelera-devkit", "axelera-rt"):
+        packages = packages_of(python)
+        folder = next(packages.glob(f"{name.replace('-', '_')}-*.dist-info"))
+        (folder / "METADATA").unlink()
+        folder.rmdir()
+        release(packages, name, version)
+
+
+def test_the_sdk_quantizes_and_compiles_and_its_figures_stand_beside_the_emulators(finished, sdk):
+    result = finished.kdpipe(*TO_COMPILE)
+    assert result.returncode == 0, result.stderr
+    stages = finished.manifest["stages"]
+    calibrate, compiled = stages["calibrate"]["facts"], stages["compile"]["facts"]
+    assert (calibrate["backend"], calibrate["backend_version"]) == ("voyager", "1.7.0")
+    for figures in (calibrate, calibrate["emulator"]):
+        assert abs(figures["int8_loss_points"]) < 5
+        assert figures["logits_sqnr_db"] > 15
+    assert calibrate["emulator"]["logits_sqnr_db"] != calibrate["logits_sqnr_db"]
+    assert compiled["runtime"] == "axelera"
+    assert compiled["sdk"]["run"]["ran"] is True
+    assert compiled["sdk"]["settings"]["quantization_scheme"] == calibrate["scheme"]
+    assert (finished.artifact("compiled_model") / "student.axm").exists()
+    assert finished.kdpipe("verify", *WORDS).returncode == 0
+    # A run can move: nothing but the children's logs says where it was made.
+    for path in finished.folder.rglob("*"):
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".toml", ".yaml")
+            and "logs" not in path.parts
+        ):
+            assert str(finished.root) not in path.read_text(), path
+    # A second run does nothing.
+    assert "runs" not in finished.kdpipe(*TO_COMPILE).stderr
+
+
+def test_a_compiler_that_fails_leaves_its_log_and_no_result(finished, sdk, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "compile")
+    before = finished.manifest["artifacts"]["compiled_model"]
+    result = finished.kdpipe(*TO_COMPILE)
+    assert result.returncode == 1
+    last = finished.manifest["stages"]["compile"]["log"]
+    assert f"failed   log: runs/tiny/{last}" in result.stderr
+    words = "Voyager SDK 1.7.0 failed at compile: RuntimeError: the stand-in was told to fail"
+    assert f"Error: {words} at compile" in result.stderr.splitlines()
+    log = (finished.folder / last).read_text()
+    assert "Running LowerFrontend" in log
+    assert "Traceback (most recent call last)" in log
+    assert finished.manifest["artifacts"]["compiled_model"] == before
+    assert not list(finished.folder.glob("*.partial"))
+    monkeypatch.delenv("FAKE_FAIL")
+    result = finished.kdpipe(*TO_COMPILE)
+    assert result.returncode == 0, result.stderr
+    assert finished.manifest["artifacts"]["compiled_model"] != before
+
+
+def test_another_devkit_makes_stale_what_it_made(finished, sdk):
+    assert finished.kdpipe(*TO_COMPILE).returncode == 0
+    other_release(sdk, "1.8.0")
+    status = json.loads(finished.kdpipe("status", "--json", *WORDS).stdout)["stages"]
+    assert [n for n in status if status[n]["state"] != "fresh"] == [
+        "calibrate",
+        "compile",
+        "benchmark",
+    ]
+    for stage in ("calibrate", "compile"):
+        assert "axelera-devkit was 1.7.0, now 1.8.0" in status[stage]["reason"]
+    why = finished.kdpipe("status", "--why", "calibrate", *WORDS).stdout
+    assert "axelera-devkit was 1.7.0, now 1.8.0" in why
+
+
+def test_mixed_releases_end_before_anything_starts(finished, sdk):
+    packages = packages_of(sdk)
+    folder = next(packages.glob("axelera_rt-*"))
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: axelera-rt\nVersion: 1.8.0\n")
+    before = (finished.folder / "manifest.json").read_bytes()
+    result = finished.kdpipe(*TO_COMPILE)
+    assert result.returncode == 5
+    assert "axelera-devkit 1.7.0 and axelera-rt 1.8.0 are of different releases" in result.stderr
+    assert (finished.folder / "manifest.json").read_bytes() == before
+
+
+def test_the_config_names_the_interpreter_and_further_settings(finished, sdk, monkeypatch):
+    monkeypatch.delenv("KDPIPE_SDK_PYTHON")
+    finished.edit(
+        "compile",
+        to={"backend": "voyager", "sdk_python": "sdk/bin/python", "extra": {"tiling_depth": 6}},
+    )
+    result = finished.kdpipe("run", "--from", "calibrate", "--to", "compile")
+    assert result.returncode == 0, result.stderr
+    settings = finished.manifest["stages"]["compile"]["facts"]["sdk"]["settings"]
+    assert settings["tiling_depth"] == 6
+    # Where the interpreter lies changes nothing; a setting does.
+    (finished.root / "sdk").rename(finished.root / "moved")
+    for change, state in (
+        ("compile.sdk_python=moved/bin/python", "fresh"),
+        ("compile.extra={tiling_depth: 1}", "stale"),
+    ):
+        words = ("--set", "compile.sdk_python=moved/bin/python", "--set", change)
+        status = json.loads(finished.kdpipe("status", "--json", *words).stdout)["stages"]
+        assert status["calibrate"]["state"] == status["compile"]["state"] == state
+    finished.edit("compile", "sdk_python", to="nowhere/python")
+    result = finished.kdpipe("run", "--from", "calibrate", "--to", "compile", "--force")
+    assert result.returncode == 5
+    assert "nowhere/python (compile.sdk_python, $KDPIPE_SDK_PYTHON)" in result.stderr
+
+
+def test_every_scheme_is_tried_and_the_best_is_kept(finished, sdk):
+    result = finished.kdpipe(*TO_COMPILE, "--set", "compile.try_schemes=all")
+    assert result.returncode == 0, result.stderr
+    facts = finished.manifest["stages"]["calibrate"]["facts"]
+    rows = {row["scheme"]: row for row in facts["schemes"]}
+    assert list(rows) == [
+        "per_tensor_histogram",
+        "per_tensor_min_max",
+        "hybrid_per_tensor_per_channel",
+    ]
+    best = max(rows.values(), key=lambda row: (row["top1_val_int8"], row["logits_sqnr_db"]))
+    assert [row["scheme"] for row in rows.values() if row["chosen"]] == [best["scheme"]]
+    assert facts["scheme"] == best["scheme"]
+    assert facts["top1_val_int8"] == best["top1_val_int8"]
+    compiled = finished.manifest["stages"]["compile"]["facts"]
+    assert compiled["sdk"]["settings"]["quantization_scheme"] == best["scheme"]
+    assert not list(finished.artifact("quantized_model").parent.glob("quantized_model.*_*"))
+
+
+def test_ctrl_c_ends_the_compiler_and_says_so(finished, sdk, monkeypatch):
+    monkeypatch.setenv("FAKE_HANG", "compile")
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "kdpipe", *TO_COMPILE],
+        cwd=finished.root,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while "time.sleep(600)" not in commands_of(sdk) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert commands_of(sdk) == ""
+    assert finished.manifest["stages"]["compile"]["status"] == "interrupted"
+    assert not list(finished.folder.glob("*.partial"))
+
+
+def commands_of(python):
+    """Command lines of the processes that this interpreter runs."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if words[0].decode() == str(python):
+                found.append(b" ".join(words).decode())
+    return "\n".join(found)
+
+
+def test_doctor_shows_what_the_sdks_interpreter_has(finished, sdk):
+    backends = json.loads(finished.kdpipe("doctor", "--json").stdout)["backends"]
+    assert backends["voyager"].startswith("available: axelera-devkit 1.7.0, axelera-rt 1.7.0")
+    assert "python 3" in backends["voyager"]
