@@ -1,6 +1,7 @@
 """`kdpipe check` as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_a_network_of_timm_by_name():
     assert found["nodes"][0]["op_type"] == "Conv"
     # 16 filters of 3 x 3 x 4, once for each of 16 x 16 places.
     assert found["nodes"][0]["macs"] == 16 * 16 * 16 * 9 * 4
+
+
+@pytest.mark.slow
+def test_mobilenetv4_medium_is_checked_in_ten_seconds():
+    """Of processor time, which other work on the machine does not change."""
+    before = os.times()
+    result = kdpipe("check", "mobilenetv4_conv_medium")
+    after = os.times()
+    assert result.returncode == 0
+    used = after.children_user + after.children_system
+    assert used - before.children_user - before.children_system < 10
 
 
 def test_wrong_words_and_unreadable_files(tmp_path):
