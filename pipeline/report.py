@@ -203,9 +203,9 @@ class BenchmarkReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: dict[str, Any]  # splits, 8-bit encoding, and whether the data are synthetic
     measurement: Measurement
     # What is known only after some ways of calibrating, compiling and estimating.
-    int8_sdk: dict[str, Any] | None = None  # the SDK's own int8 model on the host
-    rewrites: list[dict[str, Any]] | None = None  # operators that were legalized in the student
-    estimate: dict[str, Any] | None = None  # frames per second as the cost model guesses them
+    int8_emulator: dict[str, Any] | None = None  # the emulator's figures beside the SDK's own
+    rewrites: list[dict[str, Any]] = msgspec.field(default_factory=list)  # made for the chip
+    estimate: dict[str, Any] | None = None  # what the cost model says of cards
 
 
 def parse_measurement(text: str) -> Measurement:
@@ -234,6 +234,8 @@ def parse_report(data: bytes) -> BenchmarkReport:
     except msgspec.DecodeError as error:
         raise ReportError(f"not a benchmark report: {error}") from error
     _check_origin(report.measurement)
+    if report.estimate is not None:
+        _check_estimate(report.estimate, "estimate")
     if report.contract != report.measurement.contract:
         raise ReportError(
             f"the report's contract is {report.contract}, the measurement's "
@@ -261,6 +263,18 @@ def _check_origin(measurement: Measurement) -> None:
                 f"{name} says measured_on {measured_on}, but runtime {measurement.runtime} "
                 f"measures {truth}"
             )
+
+
+def _check_estimate(tree: Any, where: str) -> None:  # noqa: ANN401 - a JSON tree
+    """Nothing in an estimate says that it was measured."""
+    if isinstance(tree, dict):
+        if tree.get("measured_on", "estimate") != "estimate":
+            raise ReportError(f"{where} says measured_on {tree['measured_on']}; it is an estimate")
+        for name, value in tree.items():
+            _check_estimate(value, f"{where}.{name}")
+    elif isinstance(tree, list):
+        for value in tree:
+            _check_estimate(value, where)
 
 
 def _origins(measurement: Measurement) -> Iterator[tuple[str, str]]:
@@ -334,6 +348,7 @@ def _render(name: str, report: BenchmarkReport, picture: str) -> str:
         "unit": _unit,
         "ratio": lambda value: "null" if value is None else f"{value:.3f}",
         "percent": lambda value: "null" if value is None else f"{100 * value:.1f} %",
+        "figure": _figure,
         "words": _words,
     }
     return environment.get_template(f"{name}.j2").render(
@@ -347,6 +362,14 @@ def _ms(value: float | None) -> str:
 
 def _unit(value: float | None, unit: str) -> str:
     return "null" if value is None else f"{value:.1f} {unit}"
+
+
+def _figure(value: dict[str, Any]) -> str:
+    """An estimated figure with its band, where it has one."""
+    words = f"{value['value']:.4g} {value['unit']}"
+    if value.get("low") is not None and value.get("high") is not None:
+        words += f" ({value['low']:.4g} to {value['high']:.4g})"
+    return words
 
 
 def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
+from metis.backend import CompiledModel
+from metis.sdk_child import python_with_runtime
 from pipeline.bundle import BUNDLED, BundleLimits, assemble_bundle
 from pipeline.device_run import Elsewhere, run_here, run_there
 from pipeline.legs import Leg, Limits, export_leg, int8_leg
@@ -89,7 +91,8 @@ def run(job: Job, params: BenchmarkParams) -> Facts:
         there = Elsewhere(params.host, params.ssh_options, params.remote_python)
         text = run_there(there, bundle, params.words, samples)
     else:
-        text = run_here(bundle, params.words, samples)
+        compiled = CompiledModel.load(job.inputs["compiled_model"])
+        text = run_here(bundle, params.words, samples, python_with_runtime(compiled.runtime))
     measurement = parse_measurement(text)
     write_report(_report(job, params, measurement, legs), samples, folder)
     return _facts(measurement, legs)
@@ -158,8 +161,8 @@ def _report(
             key: job.facts["ingest"][key] for key in ("synthetic", "splits", "encoding", "teachers")
         },
         measurement=measurement,
-        int8_sdk=calibrate.get("sdk_int8"),
-        rewrites=distill.get("rewrites"),
+        int8_emulator=calibrate.get("emulator"),
+        rewrites=distill["operators"].get("rewrites", []),
         estimate=job.facts["compile"].get("estimate"),
     )
 
@@ -181,9 +184,9 @@ def _accuracy(job: Job, measurement: Measurement) -> Iterator[Row]:
     yield row("teacher ensemble", teachers["top1_val"], "host-float", n_val, "validation")
     yield row(f"{student} float", int8["top1_val_float"], "host-float", n_val, "validation")
     yield row(f"{student} int8", int8["top1_val_int8"], int8["measured_on"], n_val, "validation")
-    if sdk := int8.get("sdk_int8"):
-        name = f"{student} int8 of the SDK"
-        yield row(name, sdk["top1_val"], "host-emulation", sdk["n_val"], "validation")
+    if beside := int8.get("emulator"):
+        value = beside["top1_val_int8"]
+        yield row(f"{student} int8, emulator", value, beside["measured_on"], n_val, "validation")
     yield row(f"{student} float", _float_top1(job), "host-float", test.n, "test")
     yield row(f"{student} int8", test.value, measurement.measured_on, test.n, "test")
 
