@@ -366,10 +366,10 @@ def _unit(value: float | None, unit: str) -> str:
 
 def _figure(value: dict[str, Any]) -> str:
     """An estimated figure with its band, where it has one."""
-    words = f"{value['value']:.4g} {value['unit']}"
-    if value.get("low") is not None and value.get("high") is not None:
-        words += f" ({value['low']:.4g} to {value['high']:.4g})"
-    return words
+    figures = [value["value"], value.get("low"), value.get("high")]
+    shown = [f"{v:,.0f}" if v is not None and v >= 100 else f"{v:.3g}" for v in figures if v]
+    words = f"{shown[0]} {value['unit']}"
+    return f"{words} ({shown[1]} to {shown[2]})" if len(shown) == 3 else words
 
 
 def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree
@@ -411,8 +411,8 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
         left.set_xlabel(f"ms, {latency.scope} ({latency.measured_on}); slowest 0.1 % not drawn")
         left.set_ylabel("queries")
         left.legend()
-        # At most 300 points, each the median and the 90th percentile of queries in a row.
-        parts = np.array_split(ms, min(300, len(ms)))
+        # At most 300 points, each of 50 queries in a row or more.
+        parts = np.array_split(ms, max(1, min(300, len(ms) // 50)))
         seconds = np.cumsum([part.sum() for part in parts]) / 1e3
         for quantile, color in ((0.5, "#222222"), (0.9, "#e45756")):
             label = f"p{100 * quantile:.0f} of {len(parts[0])} queries"

@@ -2,7 +2,13 @@ import json
 
 import pytest
 
-from pipeline.report import ReportError, parse_measurement, parse_report, summary_lines
+from pipeline.report import (
+    ReportError,
+    parse_measurement,
+    parse_report,
+    summary_lines,
+    write_report,
+)
 
 
 @pytest.fixture
@@ -27,6 +33,10 @@ FIGURES = [
     ("top1_test",),
     ("latency", 0),
     ("latency", 1),
+    ("first_inference_ms",),
+    ("overhead_share",),
+    ("accuracy",),
+    ("throughput_modes", 0),
 ]
 
 
@@ -54,6 +64,64 @@ def test_an_emulation_has_no_device(tree):
     tree["measurement"]["device"] = {"name": "metis-0:1:0"}
     with pytest.raises(ReportError, match="has no device"):
         parse(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("heat_before", "temperature_c"), 41.0, "no device to read heat, power or clocks of"),
+        (("heat_after", "power_w"), 7.5, "no device to read heat, power or clocks of"),
+        (("heat_after", "clocks"), {"clock_profile": "800"}, "no device to read heat"),
+        (("link", "width"), 4, "no device to read a PCIe link of"),
+    ],
+)
+def test_an_emulation_reads_nothing_off_a_device(tree, path, value, words):
+    group, field = path
+    assert not tree["measurement"][group][field]
+    tree["measurement"][group][field] = value
+    with pytest.raises(ReportError, match=words):
+        parse(tree)
+
+
+def test_an_estimate_never_says_that_it_was_measured(tree):
+    board = {"throughput": {"value": 900.0, "unit": "frames/s", "measured_on": "estimate"}}
+    tree["estimate"] = {"measured_on": "estimate", "boards": {"pcie": board}}
+    parse(tree)
+    board["throughput"]["measured_on"] = "device"
+    with pytest.raises(ReportError, match=r"estimate\.boards\.pcie\.throughput says measured_on"):
+        parse(tree)
+
+
+def test_what_is_not_known_is_left_out_and_what_is_known_is_shown(tree, finished, tmp_path):
+    samples = finished.artifact("benchmark_report") / "samples.npz"
+    figure = {
+        "value": 900.0,
+        "unit": "frames/s",
+        "measured_on": "estimate",
+        "low": 800.0,
+        "high": 999.0,
+    }
+    board = {"throughput": figure, "latency": {**figure, "value": 1.5, "unit": "ms", "low": None}}
+    known = {
+        "int8_emulator": {
+            "int8_loss_points": 0.5,
+            "top1_agreement": 0.98,
+            "measured_on": "host-emulation",
+        },
+        "rewrites": [{"node": "gate_3", "words": "a ReduceMean became a GlobalAveragePool"}],
+        "estimate": {"boards": {"pcie": board}, "misses": ["a miss"], "obstacle": None},
+    }
+    shown = (
+        "emulator's, on the same patches: +0.50",
+        "gate_3: a ReduceMean",
+        "900 frames/s (800 to 999)",
+    )
+    for facts in ({"int8_emulator": None, "rewrites": [], "estimate": None}, known):
+        write_report(parse({**tree, **facts}), samples, tmp_path)
+        for name in ("report.md", "report.html"):
+            text = (tmp_path / name).read_text().replace("&#39;", "'")
+            for words in shown:
+                assert (words in text) == (facts is known), (name, words)
 
 
 def test_the_measurement_must_be_of_the_same_contract(tree):
