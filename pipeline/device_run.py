@@ -48,18 +48,21 @@ class Elsewhere:
     python: str = "python3"
 
 
-def run_here(bundle: Path, words: Sequence[str], samples: Path) -> str:
+def run_here(
+    bundle: Path, words: Sequence[str], samples: Path, python: str = sys.executable
+) -> str:
     """Start the bundle's program as a user on the device would; return its last line.
 
     Args:
         bundle: the bundle.
         words: of kdbench's command line.
         samples: file that gets every latency.
+        python: that has the runtime.
 
     Raises:
         KdbenchError: it ended badly; its own words are in the message.
     """
-    command = [sys.executable, str(bundle / "kdbench.py"), *words, f"--samples={samples}"]
+    command = [python, str(bundle / "kdbench.py"), *words, f"--samples={samples}"]
     status, out, err = _run(command, bundle)
     return _last_line("kdbench.py", status, out, err)
 

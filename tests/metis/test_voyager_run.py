@@ -191,3 +191,30 @@ def test_doctor_shows_what_the_sdks_interpreter_has(finished, sdk):
     backends = json.loads(finished.kdpipe("doctor", "--json").stdout)["backends"]
     assert backends["voyager"].startswith("available: axelera-devkit 1.7.0, axelera-rt 1.7.0")
     assert "python 3" in backends["voyager"]
+
+
+def test_make_metis_ends_with_6_without_a_card_and_what_was_compiled_stays(
+    finished, sdk, monkeypatch
+):
+    monkeypatch.setenv("FAKE_DEVICES", "0")
+    result = finished.kdpipe("run", *WORDS)
+    assert result.returncode == 6, result.stderr
+    assert "Error: kdbench.py ended with 6: no device" in result.stderr
+    states = json.loads(finished.kdpipe("status", "--json", *WORDS).stdout)["stages"]
+    assert {name: entry["state"] for name, entry in states.items()} == {
+        "ingest": "fresh",
+        "distill": "fresh",
+        "calibrate": "fresh",
+        "compile": "fresh",
+        "benchmark": "failed",
+    }
+    assert finished.manifest["stages"]["compile"]["facts"]["sdk"]["run"] == {
+        "ran": False,
+        "why": "no device",
+    }
+    # The card comes: nothing is compiled again.
+    monkeypatch.delenv("FAKE_DEVICES")
+    result = finished.kdpipe("run", *WORDS)
+    assert result.returncode == 0, result.stderr
+    assert "compile    fresh" in result.stderr
+    assert finished.manifest["stages"]["benchmark"]["facts"]["measured_on"] == "device"
