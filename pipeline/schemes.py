@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,15 @@ def quantize_best(
         rows.append({"scheme": scheme, **{name: figures[name] for name in COLUMNS}})
     if not made:
         raise refused[0]
-    best = max(made, key=lambda s: (made[s]["top1_val_int8"], made[s]["logits_sqnr_db"]))
+    best = max(made, key=lambda scheme: _quality(made[scheme]))
     into.with_name(f"{into.name}.{best}").rename(into)
     for scheme in schemes:
         shutil.rmtree(into.with_name(f"{into.name}.{scheme}"), ignore_errors=True)
     for row in rows:
         row["chosen"] = row["scheme"] == best
     return QuantizedModel.load(into), made[best], rows
+
+
+def _quality(figures: dict[str, Any]) -> tuple[float, float]:
+    noise: float | None = figures["logits_sqnr_db"]
+    return figures["top1_val_int8"], math.inf if noise is None else noise  # None: no noise at all

@@ -71,7 +71,8 @@ class BenchmarkParams:
 
 def run(job: Job, params: BenchmarkParams) -> Facts:
     """Prove parity, write the bundle, start kdbench.py from it, write the report."""
-    from pipeline.report import parse_measurement, write_report
+    from pipeline.report import parse_measurement
+    from pipeline.report_pages import write_report
 
     legs = _parity(job)
     bundle, folder = job.outputs["bundle"], job.outputs["benchmark_report"]
@@ -146,6 +147,7 @@ def _report(
             "top1_agreement": calibrate["top1_agreement"],
             "logits_sqnr_db": calibrate["logits_sqnr_db"],
             "scheme": calibrate["scheme"],
+            "schemes": calibrate.get("schemes", []),
             "samples": calibrate["calibration"]["samples"],
             "measured_on": calibrate["measured_on"],
         },

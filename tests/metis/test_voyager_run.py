@@ -106,6 +106,7 @@ def test_mixed_releases_end_before_anything_starts(finished, sdk):
     assert (finished.folder / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_config_names_the_interpreter_and_further_settings(finished, sdk, monkeypatch):
     monkeypatch.delenv("KDPIPE_SDK_PYTHON")
     finished.edit(
@@ -131,6 +132,7 @@ def test_the_config_names_the_interpreter_and_further_settings(finished, sdk, mo
     assert "nowhere/python (compile.sdk_python, $KDPIPE_SDK_PYTHON)" in result.stderr
 
 
+@pytest.mark.slow
 def test_every_scheme_is_tried_and_the_best_is_kept(finished, sdk):
     result = finished.kdpipe(*TO_COMPILE, "--set", "compile.try_schemes=all")
     assert result.returncode == 0, result.stderr
@@ -147,7 +149,12 @@ def test_every_scheme_is_tried_and_the_best_is_kept(finished, sdk):
     assert facts["top1_val_int8"] == best["top1_val_int8"]
     compiled = finished.manifest["stages"]["compile"]["facts"]
     assert compiled["sdk"]["settings"]["quantization_scheme"] == best["scheme"]
-    assert not list(finished.artifact("quantized_model").parent.glob("quantized_model.*_*"))
+    assert finished.kdpipe("run", *WORDS, "--set", "compile.try_schemes=all").returncode == 0
+    report = finished.artifact("benchmark_report")
+    for name in ("report.md", "report.html"):
+        text = (report / name).read_text()
+        assert f"{best['scheme']} (used)" in text
+        assert all(scheme in text for scheme in rows)
 
 
 def test_ctrl_c_ends_the_compiler_and_says_so(finished, sdk, monkeypatch):
