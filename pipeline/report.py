@@ -1,4 +1,4 @@
-"""The benchmark report: its schema, and its faces for people. report.json is the only source."""
+"""The benchmark report, report.json: its schema, and its lines for a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SCHEMA = 2
 
@@ -300,11 +299,9 @@ def summary_lines(report: BenchmarkReport) -> list[str]:
         f"[{row.figure.scope}; {row.figure.measured_on}]"
         for row in report.accuracy
     ]
-    for latency in measured.latency:
-        lines.append(
-            f"{'latency, ' + latency.scope:<34} p50 {_ms(latency.p50)}  p90 {_ms(latency.p90)}  "
-            f"p99 {_ms(latency.p99)}  n {latency.n}  [{latency.measured_on}]"
-        )
+    for row in measured.latency:
+        shown = "  ".join(f"{name} {in_ms(getattr(row, name))}" for name in ("p50", "p90", "p99"))
+        lines.append(f"{'latency, ' + row.scope:<34} {shown}  n {row.n}  [{row.measured_on}]")
     lines += [
         f"{'throughput':<34} {rate.value:.1f} {rate.unit}  [{rate.scope}; {rate.measured_on}]"
         for rate in measured.throughput_modes
@@ -315,115 +312,6 @@ def summary_lines(report: BenchmarkReport) -> list[str]:
     return lines
 
 
-def write_report(report: BenchmarkReport, samples: Path, folder: Path) -> None:
-    """Write report.json, report.md, report.html and latency.svg.
-
-    Args:
-        report: the document.
-        samples: the .npz with every latency in ns.
-        folder: exists.
-    """
-    (folder / "report.json").write_bytes(
-        msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
-    )
-    picture = _latency_svg(samples, report)
-    (folder / "latency.svg").write_text(picture)
-    for name in ("report.md", "report.html"):
-        (folder / name).write_text(_render(name, report, picture))
-
-
-def _render(name: str, report: BenchmarkReport, picture: str) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline", "templates"),
-        autoescape=name.endswith(".html"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "ms": _ms,
-        "unit": _unit,
-        "ratio": lambda value: "null" if value is None else f"{value:.3f}",
-        "percent": lambda value: "null" if value is None else f"{100 * value:.1f} %",
-        "figure": _figure,
-        "words": _words,
-    }
-    return environment.get_template(f"{name}.j2").render(
-        report=report, measured=report.measurement, picture=picture
-    )
-
-
-def _ms(value: float | None) -> str:
+def in_ms(value: float | None) -> str:
+    """Milliseconds with their unit, or the word null."""
     return "null" if value is None else f"{value:.3f} ms"
-
-
-def _unit(value: float | None, unit: str) -> str:
-    return "null" if value is None else f"{value:.1f} {unit}"
-
-
-def _figure(value: dict[str, Any]) -> str:
-    """An estimated figure with its band, where it has one."""
-    figures = [value["value"], value.get("low"), value.get("high")]
-    shown = [f"{v:,.0f}" if v is not None and v >= 100 else f"{v:.3g}" for v in figures if v]
-    words = f"{shown[0]} {value['unit']}"
-    return f"{words} ({shown[1]} to {shown[2]})" if len(shown) == 3 else words
-
-
-def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree
-    """A tree of facts as one line for people."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list):
-        return "; ".join(map(_words, value)) or "none"
-    return "null" if value is None else str(value)
-
-
-def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
-    """The latency from tensor to logits: its histogram with percentiles, and its course in time.
-
-    Empty when SingleStream was not measured.
-    """
-    import io
-
-    import matplotlib as mpl
-    import numpy as np
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in report.measurement.latency if row.scope == "tensor to logits"]
-    if not rows:
-        return ""
-    (latency,) = rows
-    with np.load(samples) as raw:
-        ms = raw["all_ns"] / 1e6
-    shown = ms[ms <= np.quantile(ms, 0.999)]
-    with plt.rc_context({"svg.hashsalt": "kdpipe", "font.size": 9}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 2.6), layout="constrained")
-        left.hist(shown, bins=80, color="#4c78a8")
-        for name, color in (("p50", "#222222"), ("p90", "#e45756"), ("p99", "#b279a2")):
-            value = getattr(latency, name)
-            if value is not None:
-                left.axvline(value, color=color, linewidth=1.2, label=f"{name} {value:.3f} ms")
-        left.set_xlabel(f"ms, {latency.scope} ({latency.measured_on}); slowest 0.1 % not drawn")
-        left.set_ylabel("queries")
-        left.legend()
-        # At most 300 points, each of 50 queries in a row or more.
-        parts = np.array_split(ms, max(1, min(300, len(ms) // 50)))
-        seconds = np.cumsum([part.sum() for part in parts]) / 1e3
-        for quantile, color in ((0.5, "#222222"), (0.9, "#e45756")):
-            label = f"p{100 * quantile:.0f} of {len(parts[0])} queries"
-            points = [np.quantile(part, quantile) for part in parts]
-            right.plot(seconds, points, color=color, linewidth=0.9, label=label)
-        right.set_ylim(bottom=0)
-        right.set_xlabel(f"seconds of the measurement ({latency.measured_on})")
-        right.set_ylabel("ms")
-        right.legend()
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]

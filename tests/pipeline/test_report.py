@@ -7,8 +7,8 @@ from pipeline.report import (
     parse_measurement,
     parse_report,
     summary_lines,
-    write_report,
 )
+from pipeline.report_pages import write_report
 
 
 @pytest.fixture
