@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from kdbench_bundle import CheckError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -37,8 +39,13 @@ _ADVICE = {
 }
 
 
-def session(model: Path) -> Any:  # noqa: ANN401 - onnxruntime may be absent
-    """An ONNX graph in onnxruntime, on one thread.
+def session(model: Path, entries: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401
+    """An ONNX graph in onnxruntime, which may be absent, on one thread.
+
+    Args:
+        model: the file.
+        entries: of the session's configuration; without the right ones, CPUs that lack VNNI
+            saturate 16-bit sums and compute other logits.
 
     Raises:
         CheckError: status 5; onnxruntime is not installed.
@@ -52,8 +59,8 @@ def session(model: Path) -> Any:  # noqa: ANN401 - onnxruntime may be absent
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # one instance is one core, as on the device
     options.log_severity_level = 3
-    # Without this, CPUs that lack VNNI saturate 16-bit sums and compute other logits.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
@@ -67,7 +74,8 @@ class OnnxRuntime:
         if device is not None:
             raise CheckError("--device: this bundle runs on the host, without a device", 2)
         self._model = bundle.model
-        session(self._model)  # fails now if it fails at all
+        self._entries: dict[str, str] = bundle.index["session"]
+        session(self._model, self._entries)  # fails now if it fails at all
         self.version = f"onnxruntime {metadata.version('onnxruntime')}"
         self.device: dict[str, Any] | None = None
         # One instance per CPU core, and no more than a chip would hold.
@@ -75,7 +83,7 @@ class OnnxRuntime:
 
     def open_instance(self, *, double_buffer: bool = False) -> OnnxInstance:
         """Load a copy of the model."""
-        return OnnxInstance(session(self._model))
+        return OnnxInstance(session(self._model, self._entries))
 
     def configuration(self) -> dict[str, str]:
         """Nothing: there is no device."""

@@ -99,6 +99,7 @@ def assemble_bundle(
         "model_digest": sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
         "preamble": compiled.preamble and f"model/{compiled.preamble}",
         "postamble": compiled.postamble and f"model/{compiled.postamble}",
+        "session": compiled.session,
         "inputs": [asdict(spec) for spec in compiled.inputs],
         "outputs": [asdict(spec) for spec in compiled.outputs],
         "limits": asdict(limits),

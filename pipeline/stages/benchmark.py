@@ -149,6 +149,12 @@ def _report(
             "scheme": calibrate["scheme"],
             "schemes": calibrate.get("schemes", []),
             "samples": calibrate["calibration"]["samples"],
+            **{
+                key: calibrate[key]
+                for key in ("calibration", "arithmetic", "baked", "variants", "suggestions")
+            },
+            "host_operators": calibrate["host_operators"],
+            "worst_layers": calibrate.get("worst_layers", []),
             "measured_on": calibrate["measured_on"],
         },
         parity=[

@@ -218,3 +218,17 @@ def test_the_curve_of_sample_sizes_writes_nothing(finished):
     too_many = finished.kdpipe("calibrate", "--sizes", "2000")
     assert too_many.returncode == 3
     assert "has only" in too_many.stderr
+
+
+def test_the_hybrid_scheme_goes_all_the_way(finished):
+    """Its arithmetic is a float simulation, in the bundle too."""
+    finished.edit("calibrate", "scheme", to="hybrid_per_tensor_per_channel")
+    finished.edit("calibrate", "sensitivity", to=0)
+    ran = finished.kdpipe("run", "--allow", "gate=int8_loss:test")
+    assert ran.returncode == 0, ran.stderr
+    assert "float simulation" in calibrated(finished)["arithmetic"]
+    index = json.loads((finished.artifact("bundle") / "bundle.json").read_text())
+    assert index["session"] == {"session.disable_quant_qdq": "1"}
+    report = json.loads((finished.artifact("benchmark_report") / "report.json").read_text())
+    assert report["int8"]["scheme"] == "hybrid_per_tensor_per_channel"
+    assert any("hybrid with 32 samples" in words for words in report["int8"]["suggestions"])
