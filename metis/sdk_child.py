@@ -12,8 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 from metis.backend import BackendError, BackendMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 #: Names the SDK's interpreter where `compile.sdk_python` does not; the config sets it, too.
 PYTHON_VARIABLE = "KDPIPE_SDK_PYTHON"
@@ -51,6 +52,9 @@ _CURES = {
     "AXR_ERROR_CONNECTION": "update the driver package metis-dkms and load its module again",
     "No space left": "make room",
 }
+
+#: Steps of the child whose failure means that something is not installed.
+_ABSENT = ("import", "find the program")
 
 log = logging.getLogger("kdpipe.voyager")
 
@@ -167,8 +171,17 @@ def work(
     if error := said.get("error"):
         spoken = " ".join(f"{error['kind']}: {error['words']}".split())
         message = f"{who} failed at {error['step']}: {spoken}{_cure(spoken)}"
-        raise (BackendMissingError if error["step"] == "import" else BackendError)(message)
+        raise (BackendMissingError if error["step"] in _ABSENT else BackendError)(message)
     return said
+
+
+@contextmanager
+def fresh_folder(beside: Path | None = None) -> Iterator[Path]:
+    """A folder for one piece of work, on the disk of what will be made of its contents."""
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".voyager-") as name:
+        yield Path(name)
 
 
 def _cure(words: str) -> str:

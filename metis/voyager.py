@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metis.backend import (
@@ -23,10 +20,11 @@ from metis.backend import (
     SdkOptions,
 )
 from metis.sdk_artifacts import Artifacts, collect
-from metis.sdk_child import find_interpreter, work
+from metis.sdk_child import find_interpreter, fresh_folder, work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -72,14 +70,14 @@ class Voyager:
         """Let the SDK observe the samples, and keep its export. See `Backend`."""
         if scheme not in SCHEMES:
             raise BackendError(f"the SDK has no scheme {scheme!r}; use {', '.join(SCHEMES)}")
-        with self._folder(into.parent) as folder:
+        with fresh_folder(into.parent) as folder:
             said = self._work(
                 "quantize",
                 folder,
                 progress,
                 student=str(student.absolute()),
                 samples=str(samples.absolute()),
-                settings=_settings(scheme, cores=1),
+                settings=settings_for(scheme, cores=1),
                 export=EXPORT,
             )
             into.mkdir(parents=True)
@@ -104,7 +102,7 @@ class Voyager:
         """Run the SDK's quantized model on this machine's CPU. See `Backend`."""
         import numpy as np
 
-        with self._folder(None) as folder:
+        with fresh_folder() as folder:
             tensors, logits = folder / "inputs.npy", folder / "logits.npy"
             np.save(tensors, np.ascontiguousarray(inputs, np.float32))
             self._work(
@@ -119,13 +117,13 @@ class Voyager:
 
     def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
         """Lower the SDK's quantized model; load and run it where there is a card. See `Backend`."""
-        with self._folder(into.parent) as folder:
+        with fresh_folder(into.parent) as folder:
             # The compiler clears its output folder; it must not find the only copy of anything.
             said = self._work(
                 "compile",
                 folder,
                 quantized=str((model.path / model.entry).absolute()),
-                settings=_settings(model.scheme, aipu_cores),
+                settings=settings_for(model.scheme, aipu_cores),
                 output_dir="compiled",
             )
             return self.adopt(model, folder / "work", into, aipu_cores, said)
@@ -169,7 +167,7 @@ class Voyager:
         """One inference, where it can be done: a compile without an error is not a model yet."""
         if entry.suffix != ".json":
             return {"ran": False, "why": f"{entry.name} holds no model.json"}
-        with self._folder(None) as folder:
+        with fresh_folder() as folder:
             return self._work("run", folder, model=str(entry.absolute()), cores=cores)
 
     def _work(
@@ -187,16 +185,8 @@ class Voyager:
             progress=progress,
         )
 
-    @contextmanager
-    def _folder(self, beside: Path | None) -> Iterator[Path]:
-        """A fresh folder, on the disk of what will be made of its contents."""
-        if beside:
-            beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=beside, prefix=".voyager-") as name:
-            yield Path(name)
 
-
-def _settings(scheme: str, cores: int) -> dict[str, Any]:
+def settings_for(scheme: str, cores: int) -> dict[str, Any]:
     """What is never left to the SDK's defaults, on which its own pages disagree."""
     return {
         "model_name": MODEL_NAME,

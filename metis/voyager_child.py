@@ -21,8 +21,10 @@ import difflib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sysconfig
 import traceback
 from contextlib import contextmanager
@@ -280,7 +282,130 @@ def run_once(request: dict[str, Any]) -> dict[str, Any]:
     return {"ran": True, "device": devices[0].name}
 
 
-VERBS = {"quantize": quantize, "infer": infer, "compile": compile_model, "run": run_once}
+def axcompile(request: dict[str, Any]) -> dict[str, Any]:
+    """Quantize and compile with the SDK's command line; calibration goes through its images."""
+    with step("find the program"):
+        program = _found(shutil.which("axcompile"), "axcompile")
+    with step("configure"):
+        settings = make_config(request["settings"], request["extra"])[1]
+        _speak([program, "--generate-config", "conf"])
+        conf = _overlaid(Path("conf"), {k: v for k, v in settings.items() if k != "output_dir"})
+    command = [
+        *(program, "-i", request["student"], "-o", "out", "--conf", str(conf)),
+        *("--imageset", request["images"], "--transform", request["transform"]),
+        *("--input-shape", request["input_shape"], "--input-data-layout", "NCHW"),
+        *("--color-format", "RGB", "--imreader-backend", "PIL"),
+    ]
+    # Whether the transform's tensor has a batch dimension is not documented: first without.
+    for batched in ("", "1"):
+        with step("axcompile"):
+            shutil.rmtree("out", ignore_errors=True)
+            problem = ""
+            try:
+                _speak(command, KDPIPE_BATCHED=batched, KDPIPE_DONE=request["done"])
+            except RuntimeError as error:
+                problem = str(error)
+            status = _status(Path("out"))
+            if not problem and status in ("SUCCEEDED", ""):
+                break
+            if batched or status not in (*_QUANTIZER_REFUSED, ""):
+                raise RuntimeError(f"{status or 'no status'}: {problem}")
+    with step("axcompile"):
+        if not Path(request["done"]).exists():
+            raise RuntimeError("it did not ask for a calibration sample, so its data were random")
+    return {"settings": settings, "route": "axcompile", "transform_batch": bool(batched)}
+
+
+#: Statuses of compilation_report.json that can come from a sample of the wrong rank.
+_QUANTIZER_REFUSED = ("QTOOLS_ERROR", "TOP_LEVEL_QUANTIZE_ERROR")
+
+
+def deploy(request: dict[str, Any]) -> dict[str, Any]:
+    """Quantize and compile with deploy.py of the SDK's checkout, from a pipeline YAML."""
+    with step("find the program"):
+        checkout = os.environ.get("AXELERA_FRAMEWORK", "")
+        script = Path(checkout) / "deploy.py"
+        program = _found(str(script) if checkout and script.is_file() else None, "deploy.py")
+    with step("deploy.py"):
+        _speak(
+            [
+                *(sys.executable, program, request["yaml"], "--mode", "QUANTCOMPILE"),
+                *("--num-cal-images", str(request["samples"]), "--pipe", "torch"),
+                *("--build-root", "build", "--data-root", request["data_root"]),
+                *("--aipu-cores", str(request["cores"])),
+            ]
+        )
+    return {"route": "deploy"}
+
+
+def _found(path: str | None, name: str) -> str:
+    if path is None:
+        raise FileNotFoundError(
+            f"{name} is not here; axcompile comes with axelera-devkit, deploy.py lies in the SDK's "
+            "checkout, which AXELERA_FRAMEWORK names"
+        )
+    return path
+
+
+def _speak(command: list[str], **environment: str) -> None:
+    """Run a program of the SDK; what it prints, we print."""
+    last = ""
+    with subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if child.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} ended with {child.returncode}: {last}")
+
+
+def _status(out: Path) -> str:
+    try:
+        report = json.loads((out / "compilation_report.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(report.get("status", ""))
+
+
+def _overlaid(folder: Path, settings: dict[str, Any]) -> Path:
+    """Write our settings over axcompile's own defaults, in the form that this release chose."""
+    path = next(iter(sorted(folder.glob("default_conf.*"))), None)
+    if path is None:
+        raise FileNotFoundError("axcompile --generate-config wrote no default_conf")
+    text = path.read_text()
+    if path.suffix == ".json":
+        known = json.loads(text)
+        absent = [name for name in settings if name not in known]
+        text = json.dumps({**known, **settings}, indent=1)
+    else:
+        absent = []
+        for name, value in settings.items():
+            # Scalars and lists are written alike in JSON and TOML.
+            line = f"{name} = {json.dumps(value)}".replace("\\", r"\\")
+            text, count = re.subn(rf"(?m)^{re.escape(name)}\s*=.*$", line, text)
+            absent += [] if count else [name]
+    if absent:
+        raise LookupError(f"{path.name} of axcompile has no {', '.join(absent)}")
+    target = folder / f"conf{path.suffix}"
+    target.write_text(text)
+    return target
+
+
+VERBS = {
+    "quantize": quantize,
+    "infer": infer,
+    "compile": compile_model,
+    "run": run_once,
+    "axcompile": axcompile,
+    "deploy": deploy,
+}
 
 
 def end_with_parent() -> None:

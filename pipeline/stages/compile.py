@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta
 
 from metis.backend import (
+    CompiledModel,
     QuantizedModel,
     SdkOptions,
     backend_tools,
@@ -35,6 +36,7 @@ class CompileParams:
     aipu_cores: Annotated[int, Meta(ge=1, le=4)] = 1  # also the batch of one call
     sdk_python: str | None = environment_field(PYTHON_VARIABLE)  # the SDK's interpreter
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of the SDK's CompilerConfig
+    route: Literal["api", "axcompile", "deploy"] = "api"  # of the SDK, from student to artifacts
     try_schemes: Literal["all"] | None = unkeyed_field(None)  # calibrate tries them
     time_limit: Annotated[float, Meta(gt=0)] = unkeyed_field(14_400.0)  # seconds, for each step
     sdk_release: Literal["1.2", "1.3", "1.4", "1.5", "1.6", "1.7", "1.8"] = "1.8"  # for the YAML
@@ -49,10 +51,7 @@ def run(job: Job, params: CompileParams) -> Facts:
     model = QuantizedModel.load(job.inputs["quantized_model"])
     given = StudentInput.load(job.inputs["student_input"])
     obstacle = _write_pipeline(job, params, given, model.scheme)
-    options = SdkOptions(extra=params.extra, time_limit_s=params.time_limit)
-    compiled = open_backend(params.backend, options).compile(
-        model, job.outputs["compiled_model"], aipu_cores=params.aipu_cores
-    )
+    compiled = _compile(job, params, model)
     record = compiled.path / "sdk.json"
     return {
         "backend": compiled.backend,
@@ -75,6 +74,21 @@ def _estimate(student: Path, aipu_cores: int) -> dict[str, Any]:
     from metis.estimator import estimate
 
     return estimate(onnx.load(student), Settings(aipu_cores)).facts()
+
+
+def _compile(job: Job, params: CompileParams, model: QuantizedModel) -> CompiledModel:
+    """Through the backend, or by one of the SDK's other ways."""
+    options = SdkOptions(extra=params.extra, time_limit_s=params.time_limit)
+    into, cores = job.outputs["compiled_model"], params.aipu_cores
+    if params.backend == "emulator" or params.route == "api":
+        return open_backend(params.backend, options).compile(model, into, aipu_cores=cores)
+    from metis import sdk_routes
+
+    if params.route == "axcompile":
+        samples = job.inputs["calibration_set"] / "samples.npy"
+        return sdk_routes.compile_with_axcompile(options, model, samples, into, aipu_cores=cores)
+    pipeline = job.outputs["device_pipeline"]
+    return sdk_routes.compile_with_deploy(options, model, pipeline, into, aipu_cores=cores)
 
 
 def _write_pipeline(job: Job, params: CompileParams, given: StudentInput, scheme: str) -> str:

@@ -18,6 +18,7 @@ from stand_in_sdk import install_stand_in, packages_of, release
 
 from metis.backend import BackendError, BackendMissingError, SdkOptions
 from metis.sdk_child import find_interpreter
+from metis.sdk_routes import compile_with_axcompile, compile_with_deploy
 from metis.voyager import Voyager
 
 SCHEME = "per_tensor_min_max"
@@ -229,6 +230,58 @@ def test_what_the_host_does_after_the_device_is_named(use_sdk, tmp_path, given):
     assert [node.op_type for node in after.graph.node] == ["Flatten", "Softmax"]
     made = Voyager().infer(model, np.zeros((1, 2, 5, 5), np.float32))
     assert made.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"FAKE_BATCH": "1"}, {"FAKE_CONF": "json"}],
+    ids=["plain", "batched", "json"],
+)
+def test_axcompile_calibrates_with_the_same_tensors_and_gives_the_same_model(
+    use_sdk, given, tmp_path, monkeypatch, environment
+):
+    use_sdk()
+    model = quantized(given, tmp_path)
+    api = Voyager().compile(model, tmp_path / "api", aipu_cores=1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    options = SdkOptions(extra={"tiling_depth": 6})
+    made = compile_with_axcompile(options, model, given[1], tmp_path / "cli", aipu_cores=1)
+    assert (made.inputs, made.outputs) == (api.inputs, api.outputs)
+    for name in ("core.onnx", "manifest.json"):
+        assert (made.path / "model" / name).read_bytes() == (api.path / "model" / name).read_bytes()
+    assert record(made.path)["transform_batch"] == ("FAKE_BATCH" in environment)
+    assert record(made.path)["settings"]["tiling_depth"] == 6
+
+
+def test_axcompile_with_random_data_is_refused(use_sdk, given, tmp_path, monkeypatch):
+    use_sdk()
+    model = quantized(given, tmp_path)
+    monkeypatch.setenv("FAKE_RANDOM", "1")
+    with pytest.raises(BackendError, match="did not ask for a calibration sample"):
+        compile_with_axcompile(SdkOptions(), model, given[1], tmp_path / "cli", aipu_cores=1)
+
+
+def test_axcompile_that_fails_says_its_status_and_its_words(use_sdk, given, tmp_path, monkeypatch):
+    use_sdk()
+    model = quantized(given, tmp_path)
+    monkeypatch.setenv("FAKE_FAIL", "compile")
+    with pytest.raises(BackendError, match=r"failed at axcompile: RuntimeError: LOWER_TIR_ERROR: "):
+        compile_with_axcompile(SdkOptions(), model, given[1], tmp_path / "cli", aipu_cores=1)
+
+
+def test_a_route_whose_program_is_missing_counts_as_not_installed(
+    use_sdk, given, tmp_path, monkeypatch
+):
+    python = use_sdk()
+    model = quantized(given, tmp_path)
+    (python.parent / "axcompile").unlink()
+    with pytest.raises(BackendMissingError, match="axcompile is not here"):
+        compile_with_axcompile(SdkOptions(), model, given[1], tmp_path / "cli", aipu_cores=1)
+    monkeypatch.delenv("AXELERA_FRAMEWORK", raising=False)
+    (tmp_path / "some.yaml").write_text("")
+    with pytest.raises(BackendMissingError, match=r"deploy\.py is not here"):
+        compile_with_deploy(SdkOptions(), model, tmp_path, tmp_path / "x", aipu_cores=1)
 
 
 FAILURES = {

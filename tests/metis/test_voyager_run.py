@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_in_sdk import install_stand_in, packages_of, release
+from stand_in_sdk import FAKES, install_stand_in, packages_of, release
 
 WORDS = ("--set", "compile.backend=voyager", "--set", "calibrate.sensitivity=0")
 TO_COMPILE = ("run", "--from", "calibrate", "--to", "compile", *WORDS)
@@ -225,3 +225,16 @@ def test_make_metis_ends_with_6_without_a_card_and_what_was_compiled_stays(
     assert result.returncode == 0, result.stderr
     assert "compile    fresh" in result.stderr
     assert finished.manifest["stages"]["benchmark"]["facts"]["measured_on"] == "device"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["axcompile", "deploy"])
+def test_the_other_routes_give_artifacts_that_the_benchmark_takes(
+    finished, sdk, monkeypatch, route
+):
+    monkeypatch.setenv("AXELERA_FRAMEWORK", str(FAKES / "framework"))
+    result = finished.kdpipe("run", *WORDS, "--set", f"compile.route={route}")
+    assert result.returncode == 0, result.stderr
+    facts = finished.manifest["stages"]["compile"]["facts"]
+    assert facts["sdk"]["route"] == route
+    assert facts["runtime"] == "axelera"
