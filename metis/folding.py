@@ -179,26 +179,37 @@ def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check_same(student: onnx.ModelProto, folded: onnx.ModelProto, core: onnx.ModelProto) -> None:
-    """Folding changes nothing, and three frames at once give what each gives alone."""
-    _compare(student, folded, "folding BatchNorm changed what the student computes")
-    _compare(core, core, "the student's graph has its batch size of 1 built in; export it anew")
-
-
-def _compare(one: onnx.ModelProto, other: onnx.ModelProto, otherwise: str) -> None:
-    """Frames one by one through the first; through the second all at once where it takes that."""
-    dims = other.graph.input[0].type.tensor_type.shape.dim
-    frames = np.random.default_rng(0).normal(size=(3, *(d.dim_value for d in dims[1:])))
-    frames = frames.astype(np.float32)
-    sessions = [open_graph(one), open_graph(other)]
-    names = [session.get_inputs()[0].name for session in sessions]
-    alone = np.concatenate([sessions[0].run(None, {names[0]: f[None]})[0] for f in frames])
-    steps = [frames] if dims[0].dim_param else [frame[None] for frame in frames]
+    """Folding changes nothing, and two frames at once give what each gives alone."""
+    frames = _random_frames(student)
+    before, after = (_answers(open_graph(model), frames, 1) for model in (student, folded))
+    if not _close(before, after):
+        raise BackendError("folding BatchNorm changed what the student computes")
+    built_in = "the student's graph has its batch size of 1 built in; export it anew"
+    frames, session = _random_frames(core), open_graph(core)
+    alone = _answers(session, frames, 1)
     try:
-        made = np.concatenate([sessions[1].run(None, {names[1]: step})[0] for step in steps])
+        together = _answers(session, frames, len(frames))
     except Exception as error:  # onnxruntime's exceptions have no common class of their own
-        raise BackendError(otherwise) from error
-    if alone.shape != made.shape or np.abs(alone - made).max() > 1e-4 * max(1, np.abs(alone).max()):
-        raise BackendError(otherwise)
+        raise BackendError(built_in) from error
+    if not _close(alone, together):
+        raise BackendError(built_in)
+
+
+def _random_frames(model: onnx.ModelProto) -> Array:
+    dims = model.graph.input[0].type.tensor_type.shape.dim[1:]
+    frames = np.random.default_rng(0).normal(size=(2, *(dim.dim_value for dim in dims)))
+    return frames.astype(np.float32)
+
+
+def _answers(session: ort.InferenceSession, frames: Array, batch: int) -> Array:
+    name = session.get_inputs()[0].name
+    batches = np.split(frames, len(frames) // batch)
+    return np.concatenate([session.run(None, {name: fed})[0] for fed in batches])
+
+
+def _close(one: Array, other: Array) -> bool:
+    limit = 1e-4 * max(1, np.abs(one).max())
+    return one.shape == other.shape and bool(np.abs(one - other).max() <= limit)
 
 
 def open_graph(model: onnx.ModelProto) -> ort.InferenceSession:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BINS = 4096
 
 #: About as many values per tensor and sample are counted; extremes and means use all of them.
-COUNTED = 65_536
+COUNTED = 32_768
 
 #: A quantile cuts this fraction off each end of a tensor.
 PERCENTILE_CUT = 1e-4
@@ -39,7 +39,7 @@ _SHRINK = np.linspace(1.0, 0.1, 91)
 _LEAST_BINS = 512
 
 #: Bytes of activations that may be in memory at a time; a batch is as large as this allows.
-_ACTIVATIONS_BYTES = 64 << 20
+_ACTIVATIONS_BYTES = 32 << 20
 _MAX_BATCH = 32
 
 
@@ -56,12 +56,12 @@ class Histogram:
         self.lo = math.inf
         self.hi = -math.inf
 
-    def add(self, batch: NDArray[np.float32]) -> None:
-        """Take in a batch, (N, ...)."""
+    def add(self, batch: NDArray[np.float32], extremes: tuple[float, float] | None = None) -> None:
+        """Take in a batch, (N, ...); its extremes, where they are known, need no second look."""
         values = batch.reshape(len(batch), -1)
         counted = values[:, :: max(1, values.shape[1] // COUNTED) | 1]
-        self.lo = min(self.lo, float(values.min()))
-        self.hi = max(self.hi, float(values.max()))
+        lo, hi = extremes or (float(values.min()), float(values.max()))
+        self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         while max(-self.lo, self.hi) >= self.reach:
             self._double()
         bins = (counted.ravel() + np.float32(self.reach)) * np.float32(BINS / 2 / self.reach)
@@ -280,17 +280,18 @@ class Observer:
         return result
 
     def _take(self, name: str, array: NDArray[np.float32]) -> int:
+        extremes = None
+        rows = array.reshape(*array.shape[:2], -1)
+        if name in self._sums:
+            even = np.full(rows.shape[2], 1 / rows.shape[2], np.float32)
+            self._sums[name] += (rows @ even).sum(axis=0, dtype=np.float64)
+        if name in self._channels:
+            lo, hi = rows.min(axis=(0, 2)), rows.max(axis=(0, 2))
+            extremes = float(lo.min()), float(hi.max())
+            self.channel_lo[name] = np.minimum(self.channel_lo.get(name, lo), lo)
+            self.channel_hi[name] = np.maximum(self.channel_hi.get(name, hi), hi)
         if name in self.histograms:
-            self.histograms[name].add(array)
-        if name in self._sums or name in self._channels:
-            rows = array.reshape(*array.shape[:2], -1)
-            if name in self._sums:
-                even = np.full(rows.shape[2], 1 / rows.shape[2], np.float32)
-                self._sums[name] += (rows @ even).sum(axis=0, dtype=np.float64)
-            if name in self._channels:
-                lo, hi = rows.min(axis=(0, 2)), rows.max(axis=(0, 2))
-                self.channel_lo[name] = np.minimum(self.channel_lo.get(name, lo), lo)
-                self.channel_hi[name] = np.maximum(self.channel_hi.get(name, hi), hi)
+            self.histograms[name].add(array, extremes)
         return array.nbytes
 
 
