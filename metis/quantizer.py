@@ -392,11 +392,10 @@ def baked(
     Source:
         Nagel, van Baalen, Blankevoort, Welling 2019, section 4.2 (bias correction).
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(parts.student)
+    result = _without_initializers(parts.student)
     constants = constants_of(parts.student)
     placement = place(parts.core)
-    new: dict[str, NDArray[np.float32]] = {}
+    write = result.graph.initializer.append
     for node in compute_nodes(result):
         if node.input[0] not in placement.root:
             continue  # on the host
@@ -409,21 +408,24 @@ def baked(
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
         rounded = on_grid(kept, scales, axis).astype(np.float32) * scales.reshape(shape)
         names = [node.input[0], f"{made}/baked_w"]
-        new[names[1]] = rounded
+        write(numpy_helper.from_array(rounded, names[1]))
         if correct_bias or bias is not None:
             names.append(f"{made}/baked_b")
             start = np.zeros(len(scales)) if bias is None else bias.astype(np.float64)
             if correct_bias:
                 start = start + _lost(node, weight - rounded, seen.means(node.input[0]))
-            new[names[2]] = start.astype(np.float32)
+            write(numpy_helper.from_array(start.astype(np.float32), names[2]))
         del node.input[:]
         node.input.extend(names)
     read = {name for node in result.graph.node for name in node.input}
-    kept_constants = [t for t in result.graph.initializer if t.name in read]
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(kept_constants)
-    result.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in new.items())
+    result.graph.initializer.extend(t for t in parts.student.graph.initializer if t.name in read)
     return result
+
+
+def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    graph = model.graph
+    bare = helper.make_graph(graph.node, graph.name, graph.input, graph.output)
+    return helper.make_model(bare, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _lost(
