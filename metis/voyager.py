@@ -7,7 +7,6 @@ there goes to the log of the stage.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +37,6 @@ MODEL_NAME = "student"
 #: In the folder of a quantized model: what the SDK exported, the float ONNX, how it was made.
 EXPORT, FLOAT_ONNX, RECORD = "sdk", "student.onnx", "sdk.json"
 
-log = logging.getLogger("kdpipe.voyager")
-
 
 class Voyager:
     """Drives the SDK that `compile.sdk_python`, $KDPIPE_SDK_PYTHON or this interpreter has."""
@@ -53,8 +50,6 @@ class Voyager:
         """Releases of devkit, rt, Python and torch in the SDK's interpreter. See `Backend`."""
         found = find_interpreter()
         versions = dict(found.versions) if "axelera-devkit" in found.versions else {}
-        if not found.problem and not found.axkernelcc:
-            log.warning("axkernelcc, which compile() starts, is not among %s", found.scripts)
         return Probe(not found.problem, versions, found.problem)
 
     def quantize(

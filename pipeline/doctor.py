@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metis.backend import BACKENDS, open_backend
+from metis.sdk_child import find_interpreter
 from pipeline.environment import DISTRIBUTIONS, describe_environment, installed
 
 
@@ -18,6 +19,7 @@ def examine_machine() -> dict[str, dict[str, Any]]:
         "machine": environment,
         "packages": {name: installed(name) or "not installed" for name in DISTRIBUTIONS},
         "backends": {name: _probe(name) for name in BACKENDS},
+        "sdk": _sdk(),
         "devices": _devices(),
         "emulator": _emulator(),
     }
@@ -31,6 +33,16 @@ def _probe(name: str) -> str:
     if not probe.available:
         return f"not available: {probe.missing}"
     return "available: " + ", ".join(f"{n} {v}" for n, v in probe.versions.items())
+
+
+def _sdk() -> dict[str, str]:
+    """Where the SDK was looked for, and whether its compiler will find its helper program."""
+    found = find_interpreter()
+    helper = "found" if found.axkernelcc else "not found; compiling needs it"
+    return {
+        "interpreter": found.python,
+        "axkernelcc": helper if found.versions else "not looked for",
+    }
 
 
 def _emulator() -> dict[str, str]:

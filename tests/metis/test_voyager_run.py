@@ -195,9 +195,14 @@ def commands_of(python):
 
 
 def test_doctor_shows_what_the_sdks_interpreter_has(finished, sdk):
-    backends = json.loads(finished.kdpipe("doctor", "--json").stdout)["backends"]
-    assert backends["voyager"].startswith("available: axelera-devkit 1.7.0, axelera-rt 1.7.0")
-    assert "python 3" in backends["voyager"]
+    found = json.loads(finished.kdpipe("doctor", "--json").stdout)
+    voyager = found["backends"]["voyager"]
+    assert voyager.startswith("available: axelera-devkit 1.7.0, axelera-rt 1.7.0")
+    assert "python 3" in voyager
+    assert found["sdk"] == {"interpreter": str(sdk), "axkernelcc": "found"}
+    (sdk.parent / "axkernelcc").unlink()
+    found = json.loads(finished.kdpipe("doctor", "--json").stdout)
+    assert found["sdk"]["axkernelcc"] == "not found; compiling needs it"
 
 
 def test_make_metis_ends_with_6_without_a_card_and_what_was_compiled_stays(

@@ -1,3 +1,4 @@
+import os
 import re
 from dataclasses import fields
 
@@ -53,6 +54,18 @@ def test_the_template_holds_every_key_and_says_the_truth_about_defaults(tmp_path
         assert getattr(ingest.data, name) == getattr(defaults.params["ingest"].data, name)
     for name in ("half_pixel_centers", "device_resize", "encoding", "percentiles", "interpolation"):
         assert getattr(ingest.student, name) == getattr(defaults.params["ingest"].student, name)
+
+
+def test_the_interpreter_of_the_sdk_is_relative_to_the_config_and_told_to_everybody(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KDPIPE_SDK_PYTHON", "/from/the/shell")
+    load(tmp_path, MINIMAL)
+    assert os.environ["KDPIPE_SDK_PYTHON"] == "/from/the/shell"
+    load(tmp_path, MINIMAL + "compile: {sdk_python: sdk/bin/python}")
+    assert os.environ["KDPIPE_SDK_PYTHON"] == str(tmp_path / "sdk/bin/python")
+    load(tmp_path, MINIMAL, changes=["compile.sdk_python=/opt/python"])
+    assert os.environ["KDPIPE_SDK_PYTHON"] == "/opt/python"
 
 
 @pytest.mark.parametrize(
