@@ -142,15 +142,11 @@ def write_whole(state: RunState, dest: Path) -> int:
 
 def _golden(inputs: Mapping[str, Path], count: int) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), tensors (float32, NCHW), logits (float32, of the int8 host model)."""
-    import numpy as np
-
     from pipeline.splits import DatasetSplit
     from preprocessing.apply import student_tensor
     from preprocessing.contract import StudentInput
 
-    val = DatasetSplit.load(inputs["dataset"] / "val")
-    chosen = np.linspace(0, len(val.labels) - 1, min(count, len(val.labels)))
-    images = val.images[np.unique(chosen.round().astype(int))]
+    images = DatasetSplit.load(inputs["dataset"] / "val").spread(count).images
     tensors = student_tensor(images, StudentInput.load(inputs["student_input"]))
     quantized = QuantizedModel.load(inputs["quantized_model"])
     logits = open_backend(quantized.backend).infer(quantized, tensors)

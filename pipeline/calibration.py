@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from metis.backend import QuantizedModel
     from metis.ranges import Observer
 
+#: Validation patches, evenly spaced, on which ways to quantize are compared.
+COMPARED = 1000
+
+#: Tensors made at a time.
+_BLOCK = 64
+
 #: Layers that the report names.
 WORST = 10
 
@@ -177,7 +183,7 @@ def variants(
 
 def curve(
     student: Path,
-    samples: NDArray[np.float32],
+    samples: Callable[[slice], NDArray[np.float32]],
     sizes: Collection[int],
     recipe: Recipe,
     validation: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]],
@@ -187,8 +193,8 @@ def curve(
 
     Args:
         student: float ONNX.
-        samples: float32 (N, C, H, W), in a random order.
-        sizes: at most N.
+        samples: makes some of them, float32 (N, C, H, W), in a random order.
+        sizes: numbers of them.
         recipe: as it is used.
         validation: tensors, float32 (N, C, H, W), the float student's logits, and labels.
         progress: called with the number of samples just done.
@@ -200,7 +206,8 @@ def curve(
     parts, pairs = _prepared(student, recipe)
     seen, done = watch(parts), 0
     for size in sorted(set(sizes)):
-        seen.add(samples[done:size], progress)
+        for start in range(done, size, _BLOCK):
+            seen.add(samples(slice(start, min(start + _BLOCK, size))), progress)
         done = size
         calibrated = Calibrated(parts, seen, pairs)
         ranges = calibrated.ranges(recipe)

@@ -16,11 +16,10 @@ from metis.operators import count_macs
 from pipeline.ensemble import combine
 from pipeline.manifest import load_manifest
 from pipeline.metrics import balanced_accuracy, expected_calibration_error, macro_f1, top1
-from pipeline.reference import open_session, reference_logits
+from pipeline.reference import answers, open_session, reference_network
 from pipeline.splits import DatasetSplit
 from pipeline.stage import InputError
 from pipeline.teaching import Teaching
-from preprocessing.apply import student_tensor
 from preprocessing.contract import StudentInput
 
 if TYPE_CHECKING:
@@ -79,7 +78,6 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     paths = {name: folder / artifact.path for name, artifact in manifest.artifacts.items()}
     val = DatasetSplit.load(paths["dataset"] / "val")
     given = StudentInput.load(paths["student_input"])
-    tensors = student_tensor(val.images, given)
     group = _group(manifest)
     seed = manifest.stages["distill"].seed
     labels = np.asarray(val.labels)
@@ -91,15 +89,14 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     facts = manifest.stages["distill"].facts
     student = facts["student"]
     int8 = _int8(manifest, paths)
-    shape = (1, *tensors.shape[1:])
-    logits = reference_logits(paths["student"], tensors)
+    shape = (1, len(given.bands), *given.size_hw)
+    (logits,) = answers(val.images, given, reference_network(paths["student"]))
     rows.append(row(f"{student}, distilled", logits, {**_network(paths["student"], shape), **int8}))
     for baseline in facts["baselines"]:
         path = paths["training"] / f"{baseline}.onnx"
         words = baseline.replace("_", " ").replace("no teacher", "without teacher")
-        rows.append(
-            row(f"{student}, {words}", reference_logits(path, tensors), _network(path, shape))
-        )
+        (logits,) = answers(val.images, given, reference_network(path))
+        rows.append(row(f"{student}, {words}", logits, _network(path, shape)))
     return rows
 
 

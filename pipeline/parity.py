@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.metrics import (
     top1,
     undisputed_agreement,
 )
-from pipeline.reference import reference_logits
+from pipeline.reference import answers, reference_network
 from pipeline.splits import DatasetSplit
 from preprocessing.apply import normalized, student_tensor
 from preprocessing.contract import StudentInput, linear_encoding, load_contract
@@ -65,7 +66,7 @@ def image_legs(
         return [Leg(name, source, to, 0, obstacle=obstacle) for name, to in targets.items()]
     contract = load_contract(artifacts["contract"])
     folder = artifacts["device_pipeline"] / f"{run}-images" / "val"
-    val = _spread(DatasetSplit.load(artifacts["dataset"] / "val"))
+    val = DatasetSplit.load(artifacts["dataset"] / "val").spread(SAMPLES)
     promised, fields = _by_contract(given, contract)
     pipeline, yaml_fields = _read_pipeline(artifacts["device_pipeline"] / f"{run}.yaml", given)
     by_png = _Found(fields)
@@ -151,12 +152,6 @@ def _shown(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.7g}" for value in values)
 
 
-def _spread(whole: DatasetSplit) -> DatasetSplit:
-    count = len(whole.labels)
-    chosen = np.unique(np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(int))
-    return DatasetSplit(whole.images[chosen], whole.labels[chosen], whole.rows[chosen])
-
-
 def _read_pipeline(path: Path, given: StudentInput) -> tuple[Pipeline | None, list[str]]:
     try:
         pipeline = Pipeline(path.read_text())
@@ -218,8 +213,10 @@ def export_values(
             params.student, given, classes, seed=0, stem_stride=params.stem_stride
         )
     network.load_state_dict(load_file(weights))
-    tensors = student_tensor(val.images, given)
-    return compare_export(torch_logits(network, tensors), reference_logits(onnx, tensors))
+    by_torch, by_onnx = answers(
+        val.images, given, partial(torch_logits, network), reference_network(onnx)
+    )
+    return compare_export(by_torch, by_onnx)
 
 
 def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) -> dict[str, float]:
@@ -235,8 +232,8 @@ def compare_int8(
     onnx: Path, model: QuantizedModel, given: StudentInput, val: DatasetSplit
 ) -> dict[str, Any]:
     """The float student against its int8 model on the host, on some patches."""
-    tensors = student_tensor(val.images, given)
-    exact, int8 = reference_logits(onnx, tensors), open_backend(model.backend).infer(model, tensors)
+    infer = partial(open_backend(model.backend).infer, model)
+    exact, int8 = answers(val.images, given, reference_network(onnx), infer)
     loss, interval = paired_difference(
         exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
     )

@@ -202,6 +202,12 @@ class DatasetSplit:
             rows=np.load(folder / "rows.npy", mmap_mode="r"),
         )
 
+    def spread(self, count: int) -> DatasetSplit:
+        """At most `count` patches of it, evenly spaced, in memory."""
+        last = len(self.labels) - 1
+        chosen = np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int))
+        return DatasetSplit(self.images[chosen], self.labels[chosen], self.rows[chosen])
+
 
 def class_histogram(labels: NDArray[np.int64], classes: int) -> list[int]:
     """How many patches each class has; unlabelled ones have none."""

@@ -194,7 +194,8 @@ def _examined(
 
     recipe = recipe_of(params)
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
-    frames, labels = student_tensor(val.images, given), np.asarray(val.labels)
+    val = val.spread(calibration.COMPARED)
+    frames, labels = student_tensor(val.images, given), val.labels
     exact = reference_logits(job.inputs["student"], frames)
     samples = job.outputs["calibration_set"] / "samples.npy"
     rounded = reference_logits(job.outputs["baked_student"], frames)
@@ -240,8 +241,6 @@ def curve(
     Raises:
         InputError: the training split has fewer different patches than the largest size.
     """
-    import numpy as np
-
     from pipeline import calibration
     from pipeline.calibration_set import choose_samples
     from pipeline.reference import reference_logits
@@ -253,14 +252,15 @@ def curve(
     train, val = (DatasetSplit.load(inputs["dataset"] / name) for name in ("train", "val"))
     classes = len(load_contract(inputs["contract"]).labels)
     indices = choose_samples(train, max(sizes), classes, seed).indices
+    val = val.spread(calibration.COMPARED)
     frames = student_tensor(val.images, given)
     exact = reference_logits(inputs["student"], frames)
     yield from calibration.curve(
         inputs["student"],
-        student_tensor(train.images[indices], given),
+        lambda part: student_tensor(train.images[indices[part]], given),
         sizes,
         recipe_of(params),
-        (frames, exact, np.asarray(val.labels)),
+        (frames, exact, val.labels),
         progress,
     )
 

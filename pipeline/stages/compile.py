@@ -121,12 +121,9 @@ def _write_pipeline(job: Job, params: CompileParams, given: StudentInput, scheme
 
 def _device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
     """What the device pipe's three decimals do to mean and std, and to top-1."""
-    import numpy as np
-
     from pipeline.metrics import agreement, top1
-    from pipeline.reference import reference_logits
+    from pipeline.reference import answers, reference_network
     from pipeline.splits import DatasetSplit
-    from preprocessing.apply import student_tensor
 
     errors = [constant_error(m, s) for m, s in zip(given.mean, given.std, strict=True)]
     channels = [
@@ -136,22 +133,18 @@ def _device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
     if len(worst) < len(errors):  # a std vanishes: there is nothing to run
         return {"channels": channels, "worst": None}
     result: dict[str, Any] = {"channels": channels, "worst": max(worst)}
-    val = DatasetSplit.load(job.inputs["dataset"] / "val")
-    count = len(val.labels)
-    chosen = np.unique(np.linspace(0, count - 1, min(2000, count)).round().astype(int))
+    val = DatasetSplit.load(job.inputs["dataset"] / "val").spread(2000)
     kept = replace(
         given,
         mean=tuple(e.mean_kept for e in errors),
         std=tuple(e.std_kept for e in errors),
     )
-    exact, rounded = (
-        reference_logits(job.inputs["student"], student_tensor(val.images[chosen], how))
-        for how in (given, kept)
-    )
-    labels = val.labels[chosen]
+    network = reference_network(job.inputs["student"])
+    exact, rounded = (answers(val.images, how, network)[0] for how in (given, kept))
+    labels = val.labels
     result["top1_exact"], result["top1_kept"] = top1(exact, labels), top1(rounded, labels)
     result["top1_agreement"] = agreement(exact, rounded)
-    result["n_val"], result["measured_on"] = len(chosen), "host-float"
+    result["n_val"], result["measured_on"] = len(labels), "host-float"
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,7 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
     from pipeline.metrics import top1
     from pipeline.parity import compare_export
     from pipeline.quantization_aware import export_folded
-    from pipeline.reference import reference_logits
+    from pipeline.reference import answers, reference_network
     from pipeline.splits import DatasetSplit
     from pipeline.students import export_student, parameter_count, torch_logits
     from pipeline.training import trained
@@ -150,13 +151,15 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
             shutil.copyfile(file, training / f"{prefix}{file.name}")
     student = trained(task)
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
-    tensors = student_tensor(val.images, task.given)
     rewrites = []
     if task.folded is None:
-        rewrites = export_student(student, task.given, onnx, tensors[:PROOF_SAMPLES]).facts()
+        proof = student_tensor(val.images[:PROOF_SAMPLES], task.given)
+        rewrites = export_student(student, task.given, onnx, proof).facts()
     else:
         export_folded(student, onnx)
-    by_torch, by_onnx = torch_logits(student, tensors), reference_logits(onnx, tensors)
+    by_torch, by_onnx = answers(
+        val.images, task.given, partial(torch_logits, student), reference_network(onnx)
+    )
     return {
         "parameters": parameter_count(student),
         "size_bytes": onnx.stat().st_size,
