@@ -138,8 +138,9 @@ def test_an_interpreter_that_is_none_is_named(monkeypatch, python):
     assert python in Voyager().probe().missing
 
 
-@pytest.mark.parametrize("devkit", ["1.6.1", "1.7.0", "1.8.0"])
-@pytest.mark.parametrize("cores", [1, 4])
+@pytest.mark.parametrize(
+    ("devkit", "cores"), [("1.6.1", 1), ("1.7.0", 1), ("1.8.0", 1), ("1.8.0", 4)]
+)
 def test_files_are_collected_wherever_a_release_puts_them(use_sdk, given, tmp_path, devkit, cores):
     use_sdk(devkit)
     model = quantized(given, tmp_path)
