@@ -432,17 +432,18 @@ def _lost(
     node: onnx.NodeProto, dw: NDArray[np.float32], means: NDArray[np.float64]
 ) -> NDArray[Any]:
     """Mean per output channel that the missing part `dw` of the weights would have added."""
+    lost: NDArray[Any]
     if node.op_type == "Gemm":
-        result: NDArray[Any] = dw.astype(np.float64) @ means
-        return result
+        lost = dw.astype(np.float64) @ means
+        return lost
     taps = dw.astype(np.float64).sum(axis=(2, 3))
     if node.op_type == "ConvTranspose":  # weights are (in, out, kh, kw); the chip has no groups
-        result = means @ taps
-        return result
+        lost = means @ taps
+        return lost
     group = attributes_of(node).get("group", 1)
-    per_group = means.reshape(group, -1)
     parts = taps.reshape(group, -1, taps.shape[1])
-    return np.einsum("goi,gi->go", parts, per_group).ravel()
+    lost = np.einsum("goi,gi->go", parts, means.reshape(group, -1)).ravel()
+    return lost
 
 
 def _clipped(weight: NDArray[np.float32], axis: int) -> NDArray[np.float32]:

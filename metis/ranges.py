@@ -218,7 +218,7 @@ def _without_spikes(
 
     Codes stand for these exactly, so no information is lost there, whatever the range.
     """
-    result = counts.copy()
+    result: NDArray[np.float64] = counts.copy()
     typical = np.median(counts)
     for spike in {int(np.abs(centers).argmin()), 0, len(counts) - 1}:
         result[spike] = min(result[spike], typical)

@@ -1,7 +1,7 @@
 """A second reading of a QDQ graph: every operator in plain integers, by `metis.int8`.
 
-It shares nothing with onnxruntime. Tensors between QuantizeLinear and DequantizeLinear are codes with
-their grid; an operator gets codes and gives codes.
+It shares nothing with onnxruntime. Tensors between QuantizeLinear and DequantizeLinear are codes
+with their grid; an operator gets codes and gives codes.
 """
 
 from dataclasses import dataclass
