@@ -392,6 +392,14 @@ def test_an_order_shows_every_sample_once_and_each_process_its_part():
     assert [index for order in orders for _, batch in order for index in batch] != seen
 
 
+def test_an_order_that_goes_on_takes_the_next_epochs():
+    whole, rest = Order(90, 8, seed=1, views=3), Order(90, 8, seed=1, views=3, first_epoch=5)
+    for epoch in range(2):
+        whole.set_epoch(5 + epoch)
+        rest.set_epoch(epoch)
+        assert list(rest) == list(whole)
+
+
 def test_balanced_sampling_makes_classes_equally_frequent():
     labels = np.array([0] * 80 + [1] * 15 + [2] * 5 + [-1] * 50)
     weights = balanced_weights(labels, 4)

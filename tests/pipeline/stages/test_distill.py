@@ -3,7 +3,14 @@ import pytest
 import timm
 
 from metis.operators import check_model
-from pipeline.recipe import ALIASES, DistillParams, FeatureParams, loss_in_words
+from pipeline.recipe import (
+    ALIASES,
+    DistillParams,
+    FeatureParams,
+    QuantizationAwareParams,
+    float_part,
+    loss_in_words,
+)
 from pipeline.stage import InputError
 from pipeline.stages.distill import gates, ready, timm_networks
 
@@ -11,6 +18,9 @@ from pipeline.stages.distill import gates, ready, timm_networks
 def test_the_networks_read_from_timms_source_are_those_it_registers():
     assert timm_networks() == {*timm.list_models(), *ALIASES}
     assert {network for network, _ in ALIASES.values()} <= set(timm.list_models())
+
+
+GRID = QuantizationAwareParams(share=0.25)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +52,30 @@ def test_the_networks_read_from_timms_source_are_those_it_registers():
         ({"label_smoothing": 0.1, "hard_weight": 0}, "label_smoothing changes the cross-entropy"),
         ({"class_weights": "balanced", "sampling": "balanced"}, "both balance the classes"),
         ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs leaves no epoch"),
+        (
+            {"quantization_aware": QuantizationAwareParams(control=True)},
+            "a control of nothing: quantization_aware.share is 0",
+        ),
+        (
+            {"quantization_aware": GRID, "epochs": 1},
+            "share leaves no epoch to train in float first",
+        ),
+        (
+            {"quantization_aware": GRID, "epochs": 4, "warmup_epochs": 3},
+            "warmup_epochs leaves no epoch",
+        ),
+        (
+            {"quantization_aware": GRID, "teacher": "mutual"},
+            "share and teacher: mutual don't go together",
+        ),
+        (
+            {
+                "quantization_aware": GRID,
+                "feature_weight": 1,
+                "features": (FeatureParams("layer4", "a/b"),),
+            },
+            "share and feature_weight don't go together",
+        ),
         ({"student": "resnet81"}, "timm has no network 'resnet81'"),
         ({"peer": "resnet81", "teacher": "mutual"}, "timm has no network 'resnet81'"),
     ],
@@ -49,6 +83,14 @@ def test_the_networks_read_from_timms_source_are_those_it_registers():
 def test_contradictions_are_refused(params, words):
     with pytest.raises(InputError, match=words):
         ready(DistillParams(**params))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "share", "first"), [(30, 0.1, 27), (6, 0.34, 4), (3, 0.01, 2), (8, 0.0, 8)]
+)
+def test_the_last_part_is_the_share_of_the_epochs_and_at_least_one(epochs, share, first):
+    params = DistillParams(epochs=epochs, quantization_aware=QuantizationAwareParams(share=share))
+    assert float_part(params).epochs == first
 
 
 def test_the_effective_loss_is_said_in_words():
