@@ -167,7 +167,7 @@ def _array_source(
         count=_common_length(path, lengths),
         shapes={m: (a.shape[1], a.shape[2], a.shape[3]) for m, a in arrays.items()},
         labels=labels,
-        reader=lambda modality, rows, bands: _picked(arrays[modality][rows], bands),
+        reader=lambda modality, rows, bands: pick_bands(arrays[modality][rows], bands),
     )
 
 
@@ -205,7 +205,7 @@ def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> Patch
                     f"{run[-1]} (truncated?): {error}"
                 ) from error
             whole = slab if len(slab) == len(run) else slab[run - run[0]]
-            parts.append(_picked(whole, bands))
+            parts.append(pick_bands(whole, bands))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return PatchSource(
@@ -218,7 +218,7 @@ def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> Patch
     )
 
 
-def _picked(patches: NDArray[np.generic], bands: Sequence[int]) -> NDArray[np.generic]:
+def pick_bands(patches: NDArray[np.generic], bands: Sequence[int]) -> NDArray[np.generic]:
     """Some bands of (N, H, W, bands); a copy only where it must be."""
     first, count = bands[0], len(bands)
     if list(bands) == list(range(first, first + count)):
@@ -472,7 +472,7 @@ def cached(
 
     def read(modality: str, rows: NDArray[np.int64], wanted: Sequence[int]) -> NDArray[np.generic]:
         columns = [bands[modality].index(band) for band in wanted]
-        return _picked(maps[modality][rows], columns)
+        return pick_bands(maps[modality][rows], columns)
 
     return replace(source, reader=read)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.datasets import pick_bands
 from pipeline.prefetch import prefetched
 from pipeline.views import take_view
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 #: Rows of a block.
 BLOCK = 1024
+
+#: Rows read at once: they are converted to float32 in the processor's cache.
+_PIECE = 32
 
 _SCHEMA = 1
 
@@ -70,11 +74,7 @@ class Labelling:
         missing = [block for block in blocks if not all(path.exists() for path in block.paths)]
         done(sum(len(block.rows) for block in blocks) - sum(len(block.rows) for block in missing))
         bands = seen_bands(self.teachers)
-        reading = (
-            (block, {m: split.source.read(m, block.rows, some) for m, some in bands.items()})
-            for block in missing
-        )
-        for block, patches in prefetched(reading):
+        for block, patches in prefetched(_read(missing, split, bands)):
             for teacher, path in zip(self.teachers, block.paths, strict=True):
                 if not path.exists():
                     self._make(teacher, block.rows, picked(patches, bands, teacher), views, path)
@@ -144,6 +144,29 @@ class _Block:
     paths: list[Path]  # one per teacher
 
 
+def _read(
+    blocks: Sequence[_Block], split: Split, bands: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[_Block, Patches]]:
+    """Each block with its patches as float32, which every computation starts from.
+
+    Their arrays are used again for the next block but one: the operating system takes longer to
+    give fresh memory for a block than to read it.
+    """
+    shapes = {
+        modality: (min(BLOCK, len(split)), *split.source.shape(modality)[:2], len(some))
+        for modality, some in bands.items()
+    }
+    kept = [{m: np.empty(shape, np.float32) for m, shape in shapes.items()} for _ in range(2)]
+    for number, block in enumerate(blocks):
+        arrays = kept[number % 2]
+        for modality, array in arrays.items():
+            for start in range(0, len(block.rows), _PIECE):
+                rows = block.rows[start : start + _PIECE]
+                found = split.source.read(modality, rows, bands[modality])
+                array[start : start + len(rows)] = found
+        yield block, {modality: array[: len(block.rows)] for modality, array in arrays.items()}
+
+
 def teacher_digest(teacher: Teacher, contract_sha256: str, file_digests: Sequence[str]) -> str:
     """Everything that decides what a teacher says of a patch."""
     params = asdict(teacher.params)
@@ -167,4 +190,4 @@ def picked(
 ) -> NDArray[np.generic]:
     """The patches as one teacher sees them: its modality, its bands, its order."""
     columns = [bands[viewer.modality].index(band) for band in viewer.bands]
-    return patches[viewer.modality][..., columns]
+    return pick_bands(patches[viewer.modality], columns)
