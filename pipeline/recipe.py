@@ -79,6 +79,7 @@ class DistillParams:
     sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: every class equally often
     baselines: tuple[Literal["no_teacher"], ...] = ()  # trained too, for comparison
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: Annotated[int, Meta(ge=1)] | None = 1  # of torch on the CPU; null: torch's choice
     devices: Annotated[int, Meta(ge=1)] = 1
     num_nodes: Annotated[int, Meta(ge=1)] = 1
     strategy: str = "auto"  # of Lightning

@@ -211,6 +211,7 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
             loader(data, order, params.workers),
             loader(plain, in_order, params.workers),
             resumed,
+            params.threads,
         )
     if not trainer.is_global_zero:
         return {}
@@ -223,6 +224,7 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
         "steps": trainer.global_step,
         "best_epoch": best_epoch + 1,
         "losses": losses,
+        "threads": params.threads or torch.get_num_threads(),
         "resumed_after_epoch": None if resumed is None else _epoch_of(resumed) + 1,
     }
 
@@ -407,12 +409,15 @@ def _fit(
     train_batches: Any,  # noqa: ANN401 - a DataLoader
     val_batches: Any,  # noqa: ANN401 - likewise
     resumed: Path | None,
+    threads: int | None,
 ) -> None:
-    """Fit; an interruption comes out as the interruption it was.
+    """Fit, on so many threads; an interruption comes out as the interruption it was.
 
     Lightning turns Ctrl-C into SystemExit(1) and leaves SIGINT ignored.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_before)
     try:
         with warnings.catch_warnings():
             # A training that goes on finds its checkpoints there, as it should.
@@ -424,3 +429,4 @@ def _fit(
         raise
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
+        torch.set_num_threads(threads_before)

@@ -172,6 +172,23 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert not torch.equal(one, other)
 
 
+def test_the_threads_that_torch_is_given_elsewhere_change_nothing(tmp_path):
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for outside, inside in ((1, 1), (2, 1), (2, None)):
+            torch.set_num_threads(outside)
+            student, facts, _ = fit(tmp_path / f"{outside}-{inside}", threads=inside, epochs=2)
+            assert facts["threads"] == (inside or outside)
+            assert torch.get_num_threads() == outside
+            found.append(weights(student))
+    finally:
+        torch.set_num_threads(before)
+    one, other, two = found
+    assert torch.equal(one, other)
+    assert not torch.equal(one, two), "if so, the default need not be fixed"
+
+
 def test_with_soft_weight_alone_labels_do_not_matter_and_a_wrong_teacher_does(tmp_path):
     wrong = np.roll(np.eye(3, dtype=np.float32)[split(90, 1).labels] * 5, 1, axis=1)[None]
     student, _, _ = fit(tmp_path, said=wrong, hard_weight=0.0, soft_weight=1.0, epochs=6)
