@@ -108,16 +108,16 @@ def rows(benchmark, **changed):
     ("changed", "missed"),
     [
         ({}, set()),
-        ({"db": 20.9}, {"at least 21 dB"}),
-        ({"agreed": 0.899}, {"at least 90 % agreement"}),
-        ({"cpu_s": 2.01}, {"CPU seconds at most onnxruntime MinMax's"}),
+        ({"db": 20.9}, {"64 samples: at least 21 dB"}),
+        ({"agreed": 0.899}, {"64 samples: at least 90 % agreement"}),
+        ({"cpu_s": 2.01}, {"64 samples: CPU seconds at most onnxruntime MinMax's"}),
         ({"extra_mb": 219.0}, set()),
-        ({"extra_mb": 221.0}, {"memory grows less than 10 % from 16 to 64"}),
+        ({"extra_mb": 221.0}, {"memory grows less than 10 % from 16 to 64 samples"}),
         (
             {"extra_mb": 261.0},
             {
                 "at most 260 MB above a float session",
-                "memory grows less than 10 % from 16 to 64",
+                "memory grows less than 10 % from 16 to 64 samples",
             },
         ),
     ],
@@ -125,9 +125,20 @@ def rows(benchmark, **changed):
 def test_a_bar_that_is_missed_says_so(scripts, changed, missed):
     benchmark = scripts["calibration"]
     found = benchmark.bars(rows(benchmark, **changed))
-    assert len(found) == 7
+    assert len(found) == 10
     assert {bar.promise for bar in found if not bar.kept} == missed
     assert all(str(bar).startswith("NO" if bar.promise in missed else "yes") for bar in found)
+
+
+@pytest.mark.parametrize(("db", "unbaked"), [(19.9, 14.0), (24.9, 20.0)])
+def test_the_baked_file_is_judged_by_what_it_is_and_by_what_it_gains(scripts, db, unbaked):
+    benchmark = scripts["calibration"]
+    measured = rows(benchmark)
+    measured[3] = benchmark.replace(measured[3], db=unbaked)
+    measured[5] = benchmark.replace(measured[5], db=db)
+    missed = [bar for bar in benchmark.bars(measured) if not bar.kept]
+    assert [bar.promise.partition(":")[0] for bar in missed] == ["64 samples"]
+    assert "baked" in missed[0].promise
 
 
 def test_photographs_are_cut_the_same_every_time_and_none_serves_twice(scripts):
