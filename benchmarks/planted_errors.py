@@ -140,9 +140,8 @@ def main() -> None:
         words = ["found" if hit else "-" for hit in seen]
         print(f"{name:<42} {words[0]:<7} {words[1]:<17} {words[2]}")
     total = len(ERRORS)
-    print(
-        f"{'found, of ' + str(total):<42} {found['parity']:<7} {found['class']:<17} {found['logits']}"
-    )
+    parity, winner, logits = found.values()
+    print(f"{f'found, of {total}':<42} {parity:<7} {winner:<17} {logits}")
 
 
 def look(
