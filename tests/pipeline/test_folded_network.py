@@ -1,5 +1,6 @@
 """The torch network of a folded graph against onnxruntime: in float, and on the emulator's grid."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +309,42 @@ def test_values_outside_an_activations_range_get_no_gradient():
     x = torch.tensor([[[[-3.0, -0.5, 0.5, 3.0]]]], requires_grad=True)
     FoldedNetwork(parts, chosen(parts, frames))(x).sum().backward()
     assert x.grad.flatten().tolist() == pytest.approx([0, 0.01, 1, 0], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_training_on_a_coarse_grid_gains_where_more_training_in_float_does_not(tmp_path):
+    """The ranges are 64 times too wide, so int8 costs much; both go on from the same student."""
+    frames = torch.from_numpy(patches(1536, 16))
+    with np.load(LANDSAT) as archive:
+        labels = torch.from_numpy(archive["labels"][:1536].astype(np.int64))
+    torch.manual_seed(0)
+    network = timm.create_model("test_byobnet", num_classes=6, in_chans=3).train()
+    fit(network, frames, labels, steps=96, rate=3e-3)
+    export_network(network, (3, 16, 16), tmp_path / "student.onnx")
+    parts = prepare(onnx.load(tmp_path / "student.onnx"))
+    found = chosen(parts, frames[:128].numpy())
+    wide = {n: replace(r, lo=64 * r.lo, hi=64 * r.hi) for n, r in found.tensors.items()}
+    ranges = replace(found, tensors=wide)
+
+    def int8_top1(folded):
+        parts = prepare(folded.exported())
+        int8 = quantized_graph(parts.core, ranges, scheme=SCHEME)
+        made = int8_logits(parts, int8, SCHEME, frames[1024:].numpy())
+        return (made.argmax(axis=1) == labels[1024:].numpy()).mean()
+
+    on_grid, control = FoldedNetwork(parts, ranges), FoldedNetwork(parts)
+    for folded in (on_grid, control):
+        fit(folded, frames, labels, steps=64, rate=2e-4)
+    assert int8_top1(on_grid) > int8_top1(control) + 0.1
+
+
+def fit(network, frames, labels, *, steps, rate):
+    """Train on the first 1024 patches."""
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    torch.manual_seed(1)
+    for _ in range(steps):
+        batch = torch.randint(1024, (64,))
+        loss = torch.nn.functional.cross_entropy(network(frames[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
