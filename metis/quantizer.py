@@ -395,10 +395,11 @@ def baked(
     result = _without_initializers(parts.student)
     constants = constants_of(parts.student)
     placement = place(parts.core)
+    on_chip = {node.output[0] for node in compute_nodes(parts.core)}
     write = result.graph.initializer.append
     for node in compute_nodes(result):
-        if node.input[0] not in placement.root:
-            continue  # on the host
+        if node.output[0] not in on_chip:
+            continue
         axis, made = channel_axis(node), node.output[0]
         weight = constants[node.input[1]]
         bias = constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
