@@ -437,7 +437,8 @@ def compare(runs: Sequence[str], config: Path, out: Path | None, debug: bool) ->
         click.echo(write_comparison(summarize(rows), target), nl=False)
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error
-    _to_stderr(f"wrote comparison.csv, comparison.md, comparison.png in {_beside_here(target)}")
+    names = "comparison.csv, comparison.md, comparison.png, confusion.csv, confusion.png"
+    _to_stderr(f"wrote {names} in {_beside_here(target)}")
 
 
 @commands.command()

@@ -7,12 +7,15 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 
 from metis.operators import count_macs
+from pipeline.confusion import confusion, write_confusions
 from pipeline.ensemble import combine
 from pipeline.manifest import load_manifest
 from pipeline.metrics import balanced_accuracy, expected_calibration_error, macro_f1, top1
@@ -20,7 +23,7 @@ from pipeline.reference import answers, open_session, reference_network
 from pipeline.splits import DatasetSplit
 from pipeline.stage import InputError
 from pipeline.teaching import Teaching
-from preprocessing.contract import StudentInput
+from preprocessing.contract import StudentInput, load_contract
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.confusion import Confusion
     from pipeline.manifest import Manifest
 
 #: Columns whose values differ by chance between seeds: mean and standard deviation are shown.
@@ -60,6 +64,7 @@ class Row:
     seed: int
     n: int  # validation patches
     values: dict[str, float | None]
+    confusion: Confusion
 
 
 def read_run(folder: Path, root: Path) -> list[Row]:
@@ -81,9 +86,11 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     group = _group(manifest)
     seed = manifest.stages["distill"].seed
     labels = np.asarray(val.labels)
+    classes = load_contract(paths["contract"]).labels
 
     def row(name: str, logits: NDArray[np.float32], values: dict[str, float | None]) -> Row:
-        return Row(group, name, seed, len(labels), {**_scores(logits, labels), **values})
+        scores = {**_scores(logits, labels), **values}
+        return Row(group, name, seed, len(labels), scores, confusion(logits, labels, classes))
 
     rows = [row(name, logits, values) for name, logits, values in _teachers(manifest, paths, root)]
     facts = manifest.stages["distill"].facts
@@ -208,6 +215,7 @@ class Summary:
     n: int
     mean: dict[str, float | None]
     sd: dict[str, float | None]  # None for a single run
+    confusion: Confusion  # of all runs together
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
@@ -224,12 +232,13 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
             known = [value for value in values if value is not None]
             mean[column] = statistics.mean(known) if len(known) == len(values) else None
             sd[column] = statistics.stdev(known) if len(known) == len(values) > 1 else None
-        summaries.append(Summary(name, len(same), same[0].n, mean, sd))
+        together = reduce(add, (row.confusion for row in same))
+        summaries.append(Summary(name, len(same), same[0].n, mean, sd, together))
     return summaries
 
 
 def write_comparison(summaries: Sequence[Summary], folder: Path) -> str:
-    """Write comparison.csv, comparison.md and comparison.png; return the Markdown table."""
+    """Write comparison and confusion as CSV and PNG, comparison.md; return the Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "comparison.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -242,6 +251,7 @@ def write_comparison(summaries: Sequence[Summary], folder: Path) -> str:
     text = _markdown(summaries)
     (folder / "comparison.md").write_text(text)
     _picture(summaries, folder / "comparison.png")
+    write_confusions([(row.name, row.confusion) for row in summaries], folder)
     return text
 
 

@@ -2,10 +2,12 @@ import csv
 import json
 import statistics
 
+import numpy as np
 import pytest
 from tiny_project import write_project
 
 from pipeline.comparison import COLUMNS
+from pipeline.confusion import confusion
 
 
 def read(folder):
@@ -66,6 +68,27 @@ def test_seeds_become_mean_and_standard_deviation(compared):
     assert float(both["top1"]) == pytest.approx(statistics.mean(single))
     assert float(both["top1_sd"]) == pytest.approx(statistics.stdev(single))
     assert set(COLUMNS) <= set(both)
+
+
+def test_confusions_count_every_decision_of_all_seeds(compared):
+    project, _ = compared
+    folder = project.root / "runs" / "comparison"
+    assert (folder / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    counted = list(csv.DictReader((folder / "confusion.csv").read_text().splitlines()))
+    classes = json.loads((project.root / "preprocessing.json").read_text())["labels"]
+    for name, row in read(folder).items():
+        own = [cell for cell in counted if cell["network"] == name]
+        assert {cell["label"] for cell in own} == {cell["decision"] for cell in own} == set(classes)
+        total = sum(int(cell["n"]) for cell in own)
+        right = sum(int(cell["n"]) for cell in own if cell["label"] == cell["decision"])
+        assert total == int(row["runs"]) * int(row["n"])
+        assert right / total == pytest.approx(float(row["top1"]))
+
+
+def test_a_row_of_confusions_is_a_label():
+    logits = np.eye(3)[[0, 2, 2, 1]]
+    counts = confusion(logits, np.array([0, 1, 1, 1]), ("a", "b", "c")).counts
+    assert counts.tolist() == [[1, 0, 0], [0, 1, 2], [0, 0, 0]]
 
 
 def test_a_calibrated_run_shows_its_int8_figures(compared):

@@ -1,0 +1,80 @@
+"""Which class is taken for which: counts as CSV and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn.metrics import confusion_matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Of one network, or of several that differ in their seed."""
+
+    classes: tuple[str, ...]
+    counts: NDArray[np.int64]  # (classes, classes): row = the label, column = the decision
+
+    def __add__(self, other: Confusion) -> Confusion:
+        """Counts of both; their classes are the same."""
+        return Confusion(self.classes, self.counts + other.counts)
+
+
+def confusion(
+    logits: NDArray[np.floating], labels: NDArray[np.int64], classes: Sequence[str]
+) -> Confusion:
+    """Count decisions by label; logits (N, classes), labels (N,)."""
+    decided = logits.argmax(axis=1)
+    counts = confusion_matrix(labels, decided, labels=np.arange(len(classes)))
+    return Confusion(tuple(classes), counts)
+
+
+def write_confusions(found: Sequence[tuple[str, Confusion]], folder: Path) -> None:
+    """Write confusion.csv (network, label, decision, n) and confusion.png, a panel per network."""
+    with (folder / "confusion.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["network", "label", "decision", "n"])
+        for name, some in found:
+            for (row, column), count in np.ndenumerate(some.counts):
+                writer.writerow([name, some.classes[row], some.classes[column], count])
+    _picture(found, folder / "confusion.png")
+
+
+def _picture(found: Sequence[tuple[str, Confusion]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    across = min(3, len(found))
+    down = math.ceil(len(found) / across)
+    edge = 2.0 + 0.3 * max(len(some.classes) for _, some in found)
+    figure, axes = plt.subplots(
+        down, across, figsize=(edge * across, edge * down), layout="constrained", squeeze=False
+    )
+    for panel in axes.flat[len(found) :]:
+        panel.set_axis_off()
+    for panel, (name, some) in zip(axes.flat, found, strict=False):
+        shares = some.counts / np.maximum(some.counts.sum(axis=1, keepdims=True), 1)
+        panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(some.counts):
+            if count:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                panel.text(column, row, count, ha="center", va="center", color=color, fontsize=7)
+        places = range(len(some.classes))
+        panel.set_xticks(list(places), some.classes, rotation=90, fontsize=7)
+        panel.set_yticks(list(places), some.classes, fontsize=7)
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("decision")
+        panel.set_ylabel("label")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
