@@ -56,6 +56,7 @@ class DistillParams:
     lr_step_epochs: Annotated[int, Meta(ge=1)] = 10  # of schedule step
     lr_patience: Annotated[int, Meta(ge=0)] = 3  # epochs, of schedule plateau
     gradient_clip: Positive | None = 1.0  # norm
+    gradient_checkpointing: bool = False  # less memory, more time: activations are computed twice
     accumulate_batches: Annotated[int, Meta(ge=1)] = 1
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     early_stop_patience: Annotated[int, Meta(ge=1)] | None = None  # epochs without a better val
@@ -180,6 +181,11 @@ def _quantization_aware_contradictions(params: DistillParams) -> list[tuple[bool
             wanted and params.teacher == "mutual",
             "quantization_aware.share and teacher: mutual don't go together: the second student "
             "would have to be folded too",
+        ),
+        (
+            wanted and params.gradient_checkpointing,
+            "quantization_aware.share and gradient_checkpointing don't go together: a folded "
+            "student has no blocks to compute again",
         ),
         (
             wanted and params.feature_weight > 0,

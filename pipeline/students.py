@@ -108,6 +108,23 @@ def _set_stem_stride(network: nn.Module, stride: int) -> None:
     first.stride = (stride, stride)
 
 
+def checkpoint_gradients(network: nn.Module, name: str) -> None:
+    """Let the network forget activations inside its blocks and compute them again going back.
+
+    The gradients stay the same; running means of batch normalization move twice per step.
+
+    Raises:
+        InputError: timm can't do it with this network.
+    """
+    try:
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise InputError(
+            f"distill.gradient_checkpointing: timm does not offer it for {name}; set it to false, "
+            "or choose another network"
+        ) from error
+
+
 def parameter_count(network: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)

@@ -38,7 +38,7 @@ from pipeline.student_data import (
     class_shares,
     loader,
 )
-from pipeline.students import build_student
+from pipeline.students import build_student, checkpoint_gradients
 from pipeline.teaching import Teaching
 from preprocessing.contract import StudentInput
 
@@ -182,6 +182,8 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(task.seed, verbose=False)
     student = task.network()
+    if params.gradient_checkpointing:
+        checkpoint_gradients(student, params.student)
     teaching = Teaching(Path(task.teaching), Path(task.contract))
     by_ensemble = task.taught and params.teacher == "ensemble"
     best, last = _checkpoints(params, folder)
@@ -338,13 +340,17 @@ def _taps(
 def _peer(task: Task) -> nn.Module | None:
     if not task.taught or task.params.teacher != "mutual":
         return None
-    return build_student(
-        task.params.peer or task.params.student,
+    name = task.params.peer or task.params.student
+    peer = build_student(
+        name,
         task.given,
         task.classes,
         seed=task.seed + 1,
         stem_stride=task.params.stem_stride,
-    ).train()
+    )
+    if task.params.gradient_checkpointing:
+        checkpoint_gradients(peer, name)
+    return peer.train()
 
 
 def _class_weights(task: Task, data: StudentBatches) -> torch.Tensor | None:

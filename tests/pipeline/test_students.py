@@ -8,6 +8,7 @@ from pipeline.reference import reference_logits
 from pipeline.stage import InputError, StageError
 from pipeline.students import (
     build_student,
+    checkpoint_gradients,
     export_network,
     export_student,
     parameter_count,
@@ -126,6 +127,37 @@ def test_a_student_starts_from_a_local_file_and_keeps_a_new_head(tmp_path, suffi
     )
     other = build_student("test_byobnet", given, 7, seed=2, init=path)
     assert torch.equal(next(iter(other.parameters())), next(iter(trained.parameters())))
+
+
+def gradients_and_bytes_kept(network):
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = network.train()(images).square().sum()
+    loss.backward()
+    return [p.grad for p in network.parameters()], sum(kept)
+
+
+def test_checkpointed_gradients_are_the_same_for_less_memory():
+    given = student_input()
+    plain, saving = (build_student("test_byobnet", given, 5, seed=1) for _ in range(2))
+    checkpoint_gradients(saving, "test_byobnet")
+    expected, many = gradients_and_bytes_kept(plain)
+    found, few = gradients_and_bytes_kept(saving)
+    assert few < many / 2
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_network_that_cannot_checkpoint_is_refused():
+    network = build_student("dla46x_c", student_input(size=32), 5, seed=1)
+    with pytest.raises(InputError, match="gradient_checkpointing: timm does not offer it for dla"):
+        checkpoint_gradients(network, "dla46x_c")
 
 
 class Evil:

@@ -360,6 +360,7 @@ def test_two_students_teach_each_other(tmp_path):
         {"loss": "dist", "standardize_logits": True},
         {"schedule": "plateau", "class_weights": "balanced"},
         {"schedule": "step", "lr_step_epochs": 1, "sampling": "balanced"},
+        {"gradient_checkpointing": True, "teacher": "mutual"},
         {"accumulate_batches": 2, "temperature_end": 1.0, "label_smoothing": 0.1},
         {"precision": "bf16-mixed", "student": "test_resnet", "workers": 1, "size": 32},
     ],
