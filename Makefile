@@ -22,7 +22,7 @@ demo: install ## the whole pipeline on bundled real data with the emulator
 	$(BIN)/kdpipe run -c examples/landsat/kdpipe.yaml
 
 test: install ## everything that needs neither SDK nor card, in minutes
-	$(BIN)/pytest -m "not slow and not sdk and not card"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not sdk and not card"
 
 test-all: install ## also the slow ones; those for SDK and card where they are present
 	$(BIN)/pytest

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import settings
 from tiny_project import Project, write_project
 
+# Two workers share two cores, and every command that a test starts is a process of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shared machine stalls now and then; that is no counterexample.
 settings.register_profile("kdpipe", deadline=None, max_examples=60)
 settings.load_profile("kdpipe")

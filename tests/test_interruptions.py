@@ -88,7 +88,7 @@ def test_killed_at_twenty_random_moments(project):
     [
         (signal.SIGINT, 130, "distill"),
         (signal.SIGINT, 130, "benchmark"),
-        (signal.SIGTERM, 143, "distill"),
+        pytest.param(signal.SIGTERM, 143, "distill", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_says_so_and_leaves_no_child(finished, number, status, stage):

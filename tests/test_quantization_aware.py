@@ -88,6 +88,7 @@ def test_both_parts_leave_their_history(made):
     assert {"hard_loss", "soft_loss"} <= set(rows[""][0])
 
 
+@pytest.mark.slow
 def test_the_export_leg_finds_a_changed_weight_of_a_folded_student(trained):
     whole = trained.kdpipe("verify", "--parity")
     assert whole.returncode == 0, whole.stderr

@@ -116,7 +116,7 @@ def test_an_ensemble_of_probabilities_with_own_temperatures(project):
     assert found["top1_val"] == pytest.approx((val.argmax(axis=1) == labels).mean())
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.slow)])
 def test_a_torch_teacher_with_local_weights(project, suffix):
     torch.manual_seed(0)
     network = timm.create_model("test_byobnet", num_classes=3, in_chans=2)
@@ -167,6 +167,7 @@ def test_shards_are_found_by_the_run(project):
     assert project.kdpipe("label", "--shard", "3/2").returncode == 2
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_student(finished):
     result = finished.kdpipe(
         "run",

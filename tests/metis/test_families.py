@@ -36,15 +36,15 @@ GATED = {"global pool"}
 #: Network, side of its input, and the names of the rewrites that it needs.
 CHIP = [
     # Convolutions, Relu, Add of two maps, MaxPool with explicit pads, one Gemm.
-    ("resnet18", 64, set()),
+    slow("resnet18", 64, set()),
     # Depthwise kernels of 3 and 5, Relu, no gates.
     ("mobilenetv4_conv_small", 64, set()),
     # HardSwish and HardSigmoid come out fused; the gates are averages.
     ("mobilenetv3_small_100", 64, GATED),
     # SiLU is Sigmoid and a Mul of two maps of one shape; depthwise kernels of 3 and 5.
-    ("efficientnet_b0", 64, GATED),
+    slow("efficientnet_b0", 64, GATED),
     # Grouped convolutions with square kernels and strides, no gates.
-    ("regnetx_002", 64, set()),
+    slow("regnetx_002", 64, set()),
     slow("resnet10t", 64, set()),
     slow("resnet34", 64, set()),
     slow("resnet50", 64, set()),

@@ -235,7 +235,11 @@ def test_what_the_host_does_after_the_device_is_named(use_sdk, tmp_path, given):
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"FAKE_BATCH": "1"}, {"FAKE_CONF": "json"}],
+    [
+        {},
+        pytest.param({"FAKE_BATCH": "1"}, marks=pytest.mark.slow),
+        pytest.param({"FAKE_CONF": "json"}, marks=pytest.mark.slow),
+    ],
     ids=["plain", "batched", "json"],
 )
 def test_axcompile_calibrates_with_the_same_tensors_and_gives_the_same_model(

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def python_with(folder, *packages):
         for found in package.parent.glob(f"{name}*"):
             (site / found.name).symlink_to(found)
     script = folder / "python"
-    shell = f'exec env PYTHONPATH={site} {os.path.realpath(shutil.which("python"))} -S "$@"'
+    shell = f'exec env PYTHONPATH={site} {os.path.realpath(sys.executable)} -S "$@"'
     script.write_text(f"#!/bin/sh\n{shell}\n")
     script.chmod(0o755)
     return script
@@ -127,7 +128,7 @@ def test_killing_kdpipe_ends_the_program_over_there(finished, box, tmp_path):
     for key, value in words.items():
         finished.edit("benchmark", key, to=value)
     finished.edit("benchmark", "min_seconds", to=300)
-    command = [Path(shutil.which("python")).parent / "kdpipe", "run", "--stage", "benchmark"]
+    command = [Path(sys.executable).parent / "kdpipe", "run", "--stage", "benchmark"]
     with subprocess.Popen(command, cwd=finished.root, stderr=subprocess.DEVNULL) as child:
         started = time.monotonic()
         while not list(there.glob("*/kdbench.py")) and time.monotonic() < started + 60:

@@ -172,6 +172,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert not torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_threads_that_torch_is_given_elsewhere_change_nothing(tmp_path):
     before = torch.get_num_threads()
     found = []

@@ -138,7 +138,7 @@ def test_a_network_that_metis_can_not_run_is_refused_before_training(project):
     assert result.returncode == 0, result.stderr
     operators = project.manifest["stages"]["distill"]["facts"]["operators"]
     assert any("InstanceNormalization" in line for line in operators["refused"])
-    assert operators["rewrites"] == []
+    assert {row["name"] for row in operators["rewrites"]} == {"operand shape"}  # what can be cured
 
 
 def test_the_students_graph_is_rewritten_for_the_chip_and_the_record_says_how(project):
