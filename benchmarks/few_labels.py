@@ -6,8 +6,8 @@ Per data set: three small DenseNets are trained on every label, exported to ONNX
 student that has few labels and many patches without (then one that has all labels). Both students
 of a seed have the same weights at the start, the same steps, batches of the same size and the same
 augmentation; the baseline sees its labelled patches only. Top-1 on the test split, mean and
-standard deviation over the seeds, and the gain paired by seed with its 95 % interval. Seeds run beside
-each other, one thread each; on two idle cores a data set takes three to ten minutes.
+standard deviation over the seeds, and the gain paired by seed with its 95 % interval. Seeds run
+beside each other, one thread each; a data set takes some minutes on idle cores.
 """
 
 from __future__ import annotations
