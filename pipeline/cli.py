@@ -438,7 +438,7 @@ def compare(runs: Sequence[str], config: Path, out: Path | None, debug: bool) ->
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error
     names = "comparison.csv, comparison.md, comparison.png, confusion.csv, confusion.png"
-    _to_stderr(f"wrote {names} in {_beside_here(target)}")
+    _to_stderr(f"wrote {names}, decisions.csv in {_beside_here(target)}")
 
 
 @commands.command()
@@ -562,23 +562,39 @@ def init(folder: Path, debug: bool) -> None:
 
 
 @commands.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--alpha-is",
     type=click.Choice(["hard", "soft"]),
     help="Whose weight their alpha is: of the labels, or of the teacher.",
 )
+@click.option("--preset", help="Settings that guides recommend, instead of FILE.")
 @_debug_option
-def convert(file: Path, alpha_is: Literal["hard", "soft"] | None, debug: bool) -> None:
+def convert(
+    file: Path | None,
+    alpha_is: Literal["hard", "soft"] | None,
+    preset: str | None,
+    debug: bool,
+) -> None:
     """Print the distillation settings of somebody's config.py or YAML as kdpipe's own."""
     from pipeline import guides
 
-    section, unknown = guides.convert(file, alpha_is)
+    if (file is None) == (preset is None):
+        raise ConfigError("name a FILE or a --preset, one of both")
+    unknown: list[str] = []
+    if file is not None:
+        section, unknown = guides.convert(file, alpha_is)
+    elif preset in guides.PRESETS:
+        section = guides.preset(preset)
+    else:
+        raise ConfigError(f"there is no preset {preset!r}{nearest(str(preset), guides.PRESETS)}")
     click.echo("distill:")
     for key, value in section.items():
         click.echo(f"  {key}: {json.dumps(value)}")
     for name in unknown:
         _to_stderr(f"no counterpart here: {name}")
+    for words in guides.unusual(section):
+        _to_stderr(f"note: {words}")
 
 
 @commands.group()

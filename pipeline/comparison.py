@@ -15,7 +15,12 @@ import numpy as np
 import onnx
 
 from metis.operators import count_macs
-from pipeline.confusion import confusion, write_confusions
+from pipeline.confusion import (
+    confusion,
+    first_decisions,
+    write_confusions,
+    write_decisions,
+)
 from pipeline.ensemble import combine
 from pipeline.manifest import load_manifest
 from pipeline.metrics import balanced_accuracy, expected_calibration_error, macro_f1, top1
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.confusion import Confusion
+    from pipeline.confusion import Confusion, Decision
     from pipeline.manifest import Manifest
 
 #: Columns whose values differ by chance between seeds: mean and standard deviation are shown.
@@ -65,6 +70,7 @@ class Row:
     n: int  # validation patches
     values: dict[str, float | None]
     confusion: Confusion
+    first: tuple[Decision, ...]  # of the split's first patches
 
 
 def read_run(folder: Path, root: Path) -> list[Row]:
@@ -90,7 +96,9 @@ def read_run(folder: Path, root: Path) -> list[Row]:
 
     def row(name: str, logits: NDArray[np.float32], values: dict[str, float | None]) -> Row:
         scores = {**_scores(logits, labels), **values}
-        return Row(group, name, seed, len(labels), scores, confusion(logits, labels, classes))
+        counts = confusion(logits, labels, classes)
+        first = first_decisions(logits, labels, val.rows, classes)
+        return Row(group, name, seed, len(labels), scores, counts, first)
 
     rows = [row(name, logits, values) for name, logits, values in _teachers(manifest, paths, root)]
     facts = manifest.stages["distill"].facts
@@ -216,6 +224,7 @@ class Summary:
     mean: dict[str, float | None]
     sd: dict[str, float | None]  # None for a single run
     confusion: Confusion  # of all runs together
+    first: tuple[tuple[int, tuple[Decision, ...]], ...]  # per run: its seed, its first decisions
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
@@ -233,12 +242,13 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
             mean[column] = statistics.mean(known) if len(known) == len(values) else None
             sd[column] = statistics.stdev(known) if len(known) == len(values) > 1 else None
         together = reduce(add, (row.confusion for row in same))
-        summaries.append(Summary(name, len(same), same[0].n, mean, sd, together))
+        first = tuple((row.seed, row.first) for row in same)
+        summaries.append(Summary(name, len(same), same[0].n, mean, sd, together, first))
     return summaries
 
 
 def write_comparison(summaries: Sequence[Summary], folder: Path) -> str:
-    """Write comparison and confusion as CSV and PNG, comparison.md; return the Markdown table."""
+    """Write tables as CSV and Markdown, and pictures; return the Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "comparison.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -252,6 +262,7 @@ def write_comparison(summaries: Sequence[Summary], folder: Path) -> str:
     (folder / "comparison.md").write_text(text)
     _picture(summaries, folder / "comparison.png")
     write_confusions([(row.name, row.confusion) for row in summaries], folder)
+    write_decisions([(row.name, *some) for row in summaries for some in row.first], folder)
     return text
 
 

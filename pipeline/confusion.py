@@ -1,13 +1,14 @@
-"""Which class is taken for which: counts as CSV and as a picture."""
+"""Which class is taken for which: counts as CSV and as a picture; single decisions as CSV."""
 
 from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+
+#: Patches whose decisions are listed one by one.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,42 @@ def confusion(
     decided = logits.argmax(axis=1)
     counts = confusion_matrix(labels, decided, labels=np.arange(len(classes)))
     return Confusion(tuple(classes), counts)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one network says about one patch."""
+
+    row: int  # of the patch in its source
+    label: str
+    decision: str
+    probability: float  # softmax of the chosen class
+
+
+def first_decisions(
+    logits: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    classes: Sequence[str],
+) -> tuple[Decision, ...]:
+    """The first few patches of a split; logits (N, classes), labels and rows (N,)."""
+    few = logits[:SHOWN].astype(np.float64)
+    sure = softmax(few, axis=1).max(axis=1)
+    return tuple(
+        Decision(int(row), classes[label], classes[chosen], float(probability))
+        for row, label, chosen, probability in zip(
+            rows, labels, few.argmax(axis=1), sure, strict=False
+        )
+    )
+
+
+def write_decisions(found: Sequence[tuple[str, int, Sequence[Decision]]], folder: Path) -> None:
+    """Write decisions.csv; found: network, seed of its run, decisions."""
+    with (folder / "decisions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["network", "seed", "row", "label", "decision", "probability"])
+        for name, seed, decisions in found:
+            writer.writerows([name, seed, *astuple(decision)] for decision in decisions)
 
 
 def write_confusions(found: Sequence[tuple[str, Confusion]], folder: Path) -> None:

@@ -32,6 +32,16 @@ _NAMES = {
     "label_smoothing": "label_smoothing",
 }
 
+#: What the guide that names these models recommends; the student's size is that with 1000 classes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "b4-to-b0": {"student": "efficientnet_b0", "temperature": 4.0, "alpha": 0.7, "million": 5.29},
+    "b3-to-b1": {"student": "efficientnet_b1", "temperature": 5.0, "alpha": 0.75, "million": 7.79},
+}
+
+#: Its ranges; alpha is the weight of the teacher there.
+TEMPERATURES = (3.0, 10.0)
+SOFT_WEIGHTS = (0.5, 0.9)
+
 _ALPHAS = ("alpha", "distillation_alpha", "kd_alpha")
 _SWITCHES = ("use_distillation", "enabled")
 
@@ -67,6 +77,28 @@ def convert(
     if any(value is False for value in switches.values()):
         section.update(hard_weight=1.0, soft_weight=0.0)
     return section, unknown
+
+
+def preset(name: str) -> dict[str, Any]:
+    """One of PRESETS as the section `distill`."""
+    given = PRESETS[name]
+    soft: float = given["alpha"]
+    return {
+        "student": given["student"],
+        "temperature": given["temperature"],
+        "hard_weight": round(1 - soft, 10),
+        "soft_weight": soft,
+    }
+
+
+def unusual(section: dict[str, Any]) -> list[str]:
+    """What of a section lies outside the ranges that guides recommend; nothing is wrong with it."""
+    words = []
+    for key, (low, high) in (("temperature", TEMPERATURES), ("soft_weight", SOFT_WEIGHTS)):
+        value = section.get(key)
+        if isinstance(value, int | float) and not low <= value <= high and value != 0:
+            words.append(f"{key} {value:g} lies outside the usual {low:g} to {high:g}")
+    return words
 
 
 def _weights(path: Path, name: str, value: Any, alpha_is: str | None) -> dict[str, float]:  # noqa: ANN401 - theirs

@@ -85,6 +85,19 @@ def test_confusions_count_every_decision_of_all_seeds(compared):
         assert right / total == pytest.approx(float(row["top1"]))
 
 
+def test_the_first_decisions_are_listed_one_by_one(compared):
+    project, _ = compared
+    folder = project.root / "runs" / "comparison"
+    listed = list(csv.DictReader((folder / "decisions.csv").read_text().splitlines()))
+    student = [row for row in listed if row["network"].endswith(", distilled")]
+    assert len({(row["seed"], row["row"]) for row in student}) == len(student)
+    assert len(student) % 5 == 0
+    assert all(1 / 3 <= float(row["probability"]) <= 1 for row in student)
+    assert {row["label"] for row in listed} | {row["decision"] for row in listed} <= {
+        row["label"] for row in csv.DictReader((folder / "confusion.csv").read_text().splitlines())
+    }
+
+
 def test_a_row_of_confusions_is_a_label():
     logits = np.eye(3)[[0, 2, 2, 1]]
     counts = confusion(logits, np.array([0, 1, 1, 1]), ("a", "b", "c")).counts
