@@ -5,6 +5,7 @@ with their grid; an operator gets codes and gives codes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import helper, numpy_helper
@@ -14,6 +15,9 @@ from metis import int8
 
 SHIFT = 128
 
+#: Of the ONNX specification.
+SELU_ALPHA, SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875
+
 FUNCTIONS = {
     "HardSwish": lambda x: x * np.clip(x * np.float32(1 / 6) + np.float32(0.5), 0, 1),
     "HardSigmoid": lambda x: np.clip(x * np.float32(1 / 6) + np.float32(0.5), 0, 1),
@@ -21,6 +25,10 @@ FUNCTIONS = {
     "Tanh": np.tanh,
     "LeakyRelu": lambda x: np.where(x >= 0, x, np.float32(0.01) * x),
     "Relu": lambda x: np.maximum(x, 0),
+    "Clip": lambda x: np.clip(x, -1, 1),
+    "Selu": lambda x: np.where(
+        x > 0, np.float32(SELU_GAMMA) * x, np.float32(SELU_GAMMA * SELU_ALPHA) * (np.exp(x) - 1)
+    ),
 }
 
 
@@ -61,45 +69,177 @@ def run(model, frames):
                 codes = constants[node.input[0]].astype(np.int64) - SHIFT
                 tensors[node.output[0]] = Tensor(codes, scale, zero)
         else:
-            out = grid_of(readers[node.output[0]])
-            codes = operator(node, tensors, constants, makers, out)
-            tensors[node.output[0]] = Tensor(codes, *out)
+            grids = [grid_of(readers[name]) for name in node.output]
+            made = operator(node, tensors, constants, makers, grids[0])
+            parts = made if isinstance(made, list) else [made]
+            for name, codes, grid in zip(node.output, parts, grids, strict=True):
+                tensors[name] = Tensor(codes, *grid)
     last = tensors[graph.output[0].name]
     return int8.dequantize(last.codes, *last.grid)
 
 
+@dataclass
+class Call:
+    """One operator with what it gets, and the grid of what it gives."""
+
+    node: Any
+    given: list  # Tensor, or None for a constant
+    constants: dict
+    makers: dict
+    out: tuple[float, int]
+
+    @property
+    def x(self):
+        return self.given[0]
+
+    @property
+    def grids(self):
+        return [tensor.grid for tensor in self.given]
+
+    @property
+    def attributes(self):
+        return {a.name: helper.get_attribute_value(a) for a in self.node.attribute}
+
+    def constant(self, number):
+        return self.constants.get(self.node.input[number])
+
+    def weight(self):
+        """Codes, and scales per output channel."""
+        codes, scales, _ = (self.constants[n] for n in self.makers[self.node.input[1]].input)
+        return codes.astype(np.int64), scales
+
+    def bias(self):
+        if len(self.node.input) < 3:
+            return None
+        return self.constants[self.makers[self.node.input[2]].input[0]].astype(np.int64)
+
+    def requantized(self, acc, scales):
+        factor = (np.float32(self.x.scale) * scales) / np.float32(self.out[0])
+        return int8.requantize(acc, factor, self.out[1])
+
+
 def operator(node, tensors, constants, makers, out):
-    given = [tensors.get(name) for name in node.input]
-    x = given[0]
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    kind = node.op_type
-    if kind in ("Conv", "Gemm"):
-        weight, w_scale, _ = (constants[n] for n in makers[node.input[1]].input)
-        bias = constants[makers[node.input[2]].input[0]] if len(node.input) > 2 else None
-        weight = weight.astype(np.int64)
-        bias = None if bias is None else bias.astype(np.int64)
-        if kind == "Gemm":
-            acc = int8.multiply(x.codes, x.zero, weight, bias)
-        else:
-            names = ("strides", "pads", "dilations", "group")
-            options = {n: attributes[n] for n in names if n in attributes}
-            acc = int8.convolve(x.codes, x.zero, weight, bias, **options)
-        return int8.requantize(acc, (np.float32(x.scale) * w_scale) / np.float32(out[0]), out[1])
-    if kind == "Add":
-        return int8.add(x.codes, given[1].codes, [x.grid, given[1].grid], out)
-    if kind == "Mul":
-        return int8.scale_by(x.codes, given[1].codes, [x.grid, given[1].grid], out)
-    if kind == "Concat":
-        parts = [int8.quantize(int8.dequantize(t.codes, *t.grid), *out) for t in given]
-        return np.concatenate(parts, axis=attributes["axis"])
-    if kind == "GlobalAveragePool":
-        return int8.global_average(x.codes, x.grid, out)
-    if kind in FUNCTIONS:
-        return int8.table(FUNCTIONS[kind], x.grid, out)[x.codes + 128]
-    if kind == "MaxPool":
-        (kh, kw), (sh, sw) = attributes["kernel_shape"], attributes["strides"]
-        windows = np.lib.stride_tricks.sliding_window_view(x.codes, (kh, kw), axis=(2, 3))
-        return windows[:, :, ::sh, ::sw].max(axis=(4, 5))
-    if kind == "Flatten":
-        return x.codes.reshape(len(x.codes), -1)
-    raise NotImplementedError(kind)
+    call = Call(node, [tensors.get(name) for name in node.input], constants, makers, out)
+    if node.op_type in FUNCTIONS:
+        return int8.table(FUNCTIONS[node.op_type], call.x.grid, out)[call.x.codes + 128]
+    return OPERATORS[node.op_type](call)
+
+
+def conv(call):
+    weight, scales = call.weight()
+    names = ("strides", "pads", "dilations", "group")
+    options = {n: call.attributes[n] for n in names if n in call.attributes}
+    acc = int8.convolve(call.x.codes, call.x.zero, weight, call.bias(), **options)
+    return call.requantized(acc, scales)
+
+
+def gemm(call):
+    weight, scales = call.weight()
+    return call.requantized(int8.multiply(call.x.codes, call.x.zero, weight, call.bias()), scales)
+
+
+def conv_transpose(call):
+    """A convolution of the input with zeros between its pixels, and the kernel turned."""
+    weight, scales = call.weight()
+    (sh, sw), (kh, kw) = call.attributes["strides"], weight.shape[2:]
+    n, c, h, w = call.x.codes.shape
+    spread = np.full((n, c, (h - 1) * sh + 1, (w - 1) * sw + 1), call.x.zero)
+    spread[:, :, ::sh, ::sw] = call.x.codes
+    kernel = weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+    pads = [kh - 1, kw - 1, kh - 1, kw - 1]
+    return call.requantized(int8.convolve(spread, call.x.zero, kernel, None, pads=pads), scales)
+
+
+def add(call):
+    return int8.add(call.x.codes, call.given[1].codes, call.grids, call.out)
+
+
+def sub(call):
+    other = call.given[1]
+    negative = 2 * other.zero - other.codes  # around the same zero point
+    return int8.add(call.x.codes, negative, call.grids, call.out)
+
+
+def mul(call):
+    return int8.scale_by(call.x.codes, call.given[1].codes, call.grids, call.out)
+
+
+def concat(call):
+    parts = [int8.quantize(int8.dequantize(t.codes, *t.grid), *call.out) for t in call.given]
+    return np.concatenate(parts, axis=call.attributes["axis"])
+
+
+def prelu(call):
+    real = int8.dequantize(call.x.codes, *call.x.grid)
+    return int8.quantize(np.where(real >= 0, real, call.constant(1) * real), *call.out)
+
+
+def global_average(call):
+    return int8.global_average(call.x.codes, call.x.grid, call.out)
+
+
+def average_pool(call):
+    """Windows with padding counted, as the chip wants it: an int32 sum, one multiplication."""
+    kernel = call.attributes["kernel_shape"]
+    total = windows(call, call.x.codes - call.x.zero, 0).sum(axis=(4, 5))
+    steps = np.float32(call.out[0]) * np.float32(np.prod(kernel))
+    return int8.requantize(total, np.float32(call.x.scale) / steps, call.out[1])
+
+
+def max_pool(call):
+    return windows(call, call.x.codes, -128).max(axis=(4, 5))
+
+
+def windows(call, values, fill):
+    (kh, kw), (sh, sw) = call.attributes["kernel_shape"], call.attributes["strides"]
+    top, left, bottom, right = call.attributes.get("pads", [0, 0, 0, 0])
+    pads = ((0, 0), (0, 0), (top, bottom), (left, right))
+    padded = np.pad(values, pads, constant_values=fill)
+    view = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(2, 3))
+    return view[:, :, ::sh, ::sw]
+
+
+def pad(call):
+    pairs = list(zip(*np.split(call.constant(1), 2), strict=True))
+    return np.pad(call.x.codes, pairs, constant_values=call.x.zero)
+
+
+def cut(call):
+    start, end, axis = (int(call.constant(number).item()) for number in (1, 2, 3))
+    return call.x.codes.take(range(start, end), axis=axis)
+
+
+def resize(call):
+    """Twice the height and width, linear, half_pixel: weights 3/4 and 1/4, edges repeated."""
+    real = int8.dequantize(call.x.codes, *call.x.grid)
+    for axis in (2, 3):
+        pads = [(1, 1) if a == axis else (0, 0) for a in range(4)]
+        padded = np.pad(real, pads, mode="edge")
+        size = real.shape[axis]
+        before, here, after = (padded.take(range(i, i + size), axis=axis) for i in range(3))
+        pair = [0.75 * here + 0.25 * before, 0.75 * here + 0.25 * after]
+        shape = list(real.shape)
+        shape[axis] *= 2
+        real = np.stack(pair, axis=axis + 1).reshape(shape).astype(np.float32)
+    return int8.quantize(real, *call.out)
+
+
+OPERATORS = {
+    "Add": add,
+    "AveragePool": average_pool,
+    "Concat": concat,
+    "Conv": conv,
+    "ConvTranspose": conv_transpose,
+    "Flatten": lambda call: call.x.codes.reshape(len(call.x.codes), -1),
+    "Gemm": gemm,
+    "GlobalAveragePool": global_average,
+    "GlobalMaxPool": lambda call: call.x.codes.max(axis=(2, 3), keepdims=True),
+    "MaxPool": max_pool,
+    "Mul": mul,
+    "PRelu": prelu,
+    "Pad": pad,
+    "Resize": resize,
+    "Slice": cut,
+    "Split": lambda call: np.split(call.x.codes, 2, axis=call.attributes["axis"]),
+    "Sub": sub,
+}

@@ -113,6 +113,78 @@ def test_element_wise(kind, partner):
     assert_bit_exact(student(nodes, (6, 7, 7), constants), frames)
 
 
+MAKE = helper.make_node
+
+#: Operators that the tests above leave out: nodes after a HardSwish, and constants.
+OTHERS = {
+    "AveragePool": (
+        [MAKE("AveragePool", ["h"], ["logits"], kernel_shape=[2, 2], strides=[2, 2])],
+        {},
+    ),
+    "AveragePool, padded": (
+        [
+            MAKE(
+                "AveragePool",
+                ["h"],
+                ["logits"],
+                kernel_shape=[3, 3],
+                strides=[2, 2],
+                pads=[1] * 4,
+                count_include_pad=1,
+            )
+        ],
+        {},
+    ),
+    "Sub": ([MAKE("Sub", ["h", "c"], ["logits"])], {"c": weights(RANDOM(2), 1, 8, 1, 1)}),
+    "Clip": (
+        [MAKE("Clip", ["h", "lo", "hi"], ["logits"])],
+        {"lo": np.float32(-1), "hi": np.float32(1)},
+    ),
+    "GlobalMaxPool": ([MAKE("GlobalMaxPool", ["h"], ["logits"])], {}),
+    "Pad": (
+        [MAKE("Pad", ["h", "pads"], ["logits"])],
+        {"pads": np.array([0, 0, 1, 1, 0, 0, 2, 0], np.int64)},
+    ),
+    "Slice": (
+        [MAKE("Slice", ["h", "start", "end", "axis"], ["logits"])],
+        {n: np.array([v], np.int64) for n, v in (("start", 2), ("end", 6), ("axis", 1))},
+    ),
+    "Split": (
+        [MAKE("Split", ["h"], ["a", "b"], axis=1), MAKE("Add", ["a", "b"], ["logits"])],
+        {},
+    ),
+    "Resize": (
+        [
+            MAKE(
+                "Resize",
+                ["h", "", "scales"],
+                ["logits"],
+                mode="linear",
+                coordinate_transformation_mode="half_pixel",
+            )
+        ],
+        {"scales": np.array([1, 1, 2, 2], np.float32)},
+    ),
+    "Selu": ([MAKE("Selu", ["h"], ["logits"])], {}),
+    "PRelu": (
+        [MAKE("PRelu", ["h", "slope"], ["logits"])],
+        {"slope": np.linspace(0.1, 0.5, 8, dtype=np.float32).reshape(8, 1, 1)},
+    ),
+    "ConvTranspose": (
+        [MAKE("ConvTranspose", ["h", "w"], ["logits"], strides=[2, 2], kernel_shape=[3, 3])],
+        {"w": weights(RANDOM(1), 8, 8, 3, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_operators(name):
+    nodes, constants = OTHERS[name]
+    first = MAKE("HardSwish", ["input"], ["h"])
+    frames = RANDOM(0).normal(0.3, 2, (4, 8, 10, 10)).astype(np.float32)
+    assert_bit_exact(student([first, *nodes], (8, 10, 10), constants), frames)
+
+
 @pytest.mark.parametrize("observer", ["min_max", "mse", "percentile", "entropy"])
 @pytest.mark.parametrize("seed", range(3))
 def test_whole_networks(seed, observer):
