@@ -105,7 +105,7 @@ def export(row: Published, path: Path) -> onnx.ModelProto:
     from pipeline.students import create_network, export_network
 
     shape = (3, row.size, row.size)
-    if row.library == "timm":
+    if row.package == "timm":
         network = create_network(row.network, shape, 1000, seed=0)
     else:
         network = torchvision.models.get_model(row.network, weights=None)

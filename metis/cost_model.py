@@ -117,8 +117,8 @@ def two_times(
 class Published:
     """A frame rate that the vendor measured, and how the network was compiled for it."""
 
-    network: str  # its name in `library`
-    library: str  # timm or torchvision
+    network: str  # its name in `package`
+    package: str  # timm or torchvision
     family: str
     size: int  # side of the input, pixels
     aipu_cores: int
@@ -161,7 +161,7 @@ def published_rows() -> tuple[Published, ...]:
     return tuple(
         Published(
             row["network"],
-            row["library"],
+            row["package"],
             row["family"],
             int(row["size"]),
             int(row["aipu_cores"]),
