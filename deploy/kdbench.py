@@ -4,10 +4,10 @@
                       [--soak] [--device NAME] [--samples FILE] [--json]
 
 In this order: digests of every file; the contract applied to the golden images gives the golden
-tensors; the model gives the host's int8 logits; warm-up; latency (SingleStream: the next query
-starts after the answer); throughput (Offline: as many instances as fit, single and, where the
-device has it, double buffering); accuracy over the whole test split. Prints a table and, as the
-very last line, one JSON document.
+tensors; the model gives the host's int8 logits; accuracy over the whole test split; the same sample
+repeated against samples never seen; warm-up; latency (SingleStream: the next query starts after the
+answer); throughput (Offline: as many instances as fit, single and, where the device has it, double
+buffering). Prints a table and, as the very last line, one JSON document.
 
 Needs Python 3.10, numpy, one runtime, and what lies beside it in the bundle. Nothing of kdpipe.
 
@@ -34,11 +34,13 @@ except ImportError as error:
     sys.exit(5)
 
 try:
+    from kdbench_audit import repeat_samples
     from kdbench_bundle import CheckError, open_bundle
-    from kdbench_figures import VALID_QUERIES, VALID_SAMPLES, VALID_SECONDS, per_interval
+    from kdbench_figures import VALID_QUERIES, VALID_SAMPLES, VALID_SECONDS
+    from kdbench_heat import Watch, read_heat
     from kdbench_instance import Instance, batches
     from kdbench_load import Minima, offline, single_stream
-    from kdbench_machine import describe_host, read_heat, read_link
+    from kdbench_machine import describe_host, read_driver, read_link
     from kdbench_report import Measured, describe, raw_samples, shown, table
     from kdbench_runtime import open_runtime
     from preprocessing.apply import student_tensor
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kdbench_bundle import Bundle
+    from kdbench_load import Flood
     from kdbench_runtime import Runtime
 
 #: MLPerf Inference's minimum since 1.0; 60 s before.
@@ -98,13 +101,13 @@ def check_golden(bundle: Bundle, instance: Instance, limit: float) -> list[dict[
     return [{"name": n, "passed": True, "detail": detail} for n, detail in found.items()]
 
 
-def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace) -> Measured:
+def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace, watch: Watch) -> Measured:
     """Everything, in the order that the docstring of this program tells.
 
     Raises:
         CheckError: a check failed, or the device did.
     """
-    result = Measured()
+    result = Measured(watch, begin_ns=time.perf_counter_ns())
     test = bundle.arrays("test.npz")
     minima = Minima(args.min_seconds, args.min_queries, args.min_samples, args.max_seconds)
     clock = time.perf_counter()
@@ -121,6 +124,7 @@ def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace) -> Measu
             tensors = student_tensor(test["images"][start : start + 1024], bundle.given)
             parts.append(instance.all_logits(tensors).argmax(1))
         result.classes = np.concatenate(parts)
+        result.repetition = repeat_samples(instance, groups, minima.seconds)
     for repeat in range(args.repeats):
         if args.scenario != "offline":
             _say(f"SingleStream, {minima.seconds:g} s")
@@ -134,40 +138,28 @@ def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace) -> Measu
                 flood = offline(bundle, runtime, groups, minima, double_buffer=double)
                 result.floods.setdefault(double, []).append(flood)
     if args.soak:
-        result.soak = soak(bundle, runtime, groups, args.soak)
+        result.soak = soak(bundle, runtime, groups, args.soak, watch)
     return result
 
 
 def soak(
-    bundle: Bundle, runtime: Runtime, groups: NDArray[np.float32], minutes: float
-) -> list[dict[str, Any]]:
-    """Offline load for a long time; one line and one record per minute."""
-    name = runtime.device["name"] if runtime.device else None
-    heat: list[dict[str, Any]] = []
+    bundle: Bundle, runtime: Runtime, groups: NDArray[np.float32], minutes: float, watch: Watch
+) -> Flood:
+    """Offline load for a long time; a line per minute."""
+    said = 0
 
     def tick(seconds: float, frames: int) -> None:
-        if seconds >= 60.0 * (len(heat) + 1):
-            heat.append(read_heat(name, runtime.configuration()))
+        nonlocal said
+        if seconds >= 60.0 * (said + 1):
+            said += 1
+            degrees = [r.temperature_c for r in watch.readings()[-1:]]
             _say(
-                f"soak, minute {len(heat)}: {frames / seconds:.1f} frames/s so far, "
-                f"{shown(heat[-1]['temperature_c'], ' C')}  [{runtime.measured_on}]"
+                f"soak, minute {said}: {frames / seconds:.1f} frames/s so far, "
+                f"{shown(degrees[0] if degrees else None, ' C')}  [{runtime.measured_on}]"
             )
 
     minima = Minima(60.0 * minutes, 1, 1)
-    flood = offline(bundle, runtime, groups, minima, double_buffer=runtime.double_buffer, tick=tick)
-    rates = per_interval(flood.done_ns, flood.batch, 60.0)
-    heat += [read_heat(name, runtime.configuration())] * (len(rates) - len(heat))
-    return [
-        {
-            "minute": n + 1,
-            "value": rate,
-            "unit": "frames/s",
-            "measured_on": runtime.measured_on,
-            "temperature_c": heat[n]["temperature_c"],
-            "power_w": heat[n]["power_w"],
-        }
-        for n, rate in enumerate(rates)
-    ]
+    return offline(bundle, runtime, groups, minima, double_buffer=runtime.double_buffer, tick=tick)
 
 
 def _say(words: str) -> None:
@@ -197,6 +189,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--min-queries, --min-samples and --repeats are at least 1")
     if args.mlperf:
         args.min_seconds = max(args.min_seconds, MLPERF_SECONDS)
+        args.min_queries = max(args.min_queries, VALID_QUERIES)
+        args.min_samples = max(args.min_samples, VALID_SAMPLES)
     return args
 
 
@@ -218,13 +212,15 @@ def main() -> int:
         runtime = open_runtime(bundle, args.device)
         try:
             name = runtime.device["name"] if runtime.device else None
-            around = {
+            around: dict[str, Any] = {
                 "started": started,
                 "host": describe_host(args.sysfs),
+                "driver": read_driver(name),
                 "link": read_link(name, args.sysfs),
                 "heat_before": read_heat(name, runtime.configuration()),
             }
-            result = measure(bundle, runtime, args)
+            with Watch(name, around["heat_before"]) as watch:
+                result = measure(bundle, runtime, args, watch)
             around["heat_after"] = read_heat(name, runtime.configuration())
             document = describe(bundle, runtime, args, result, around)
         finally:

@@ -81,9 +81,16 @@ class Stream:
 
     run_ns: NDArray[np.int64]  # per query
     all_ns: NDArray[np.int64]
+    start_ns: int  # of time.perf_counter_ns
     seconds: float
+    batch: int
     warm_up: int  # queries
     answers: Answers
+
+    @property
+    def frames(self) -> int:
+        """Frames answered."""
+        return len(self.all_ns) * self.batch
 
 
 @dataclass
@@ -91,9 +98,11 @@ class Flood:
     """What Offline measured."""
 
     done_ns: NDArray[np.int64]  # per call, since the start, in order
+    start_ns: int  # of time.perf_counter_ns
     batch: int
     instances: int
     double_buffer: bool
+    warm_up: int  # queries of all instances
     answers: list[Answers]
 
     @property
@@ -119,7 +128,7 @@ def single_stream(instance: Instance, groups: NDArray[np.float32], minima: Minim
     answers = Answers(seed=0)
     run_ns, all_ns = array("q"), array("q")
     count = 0
-    start = time.perf_counter()
+    start_ns, start = time.perf_counter_ns(), time.perf_counter()
     while not minima.reached(time.perf_counter() - start, count, minima.queries):
         place = count % len(groups)
         logits = instance.query(groups[place])
@@ -128,7 +137,15 @@ def single_stream(instance: Instance, groups: NDArray[np.float32], minima: Minim
         answers.offer(count, place, logits)
         count += 1
     seconds = time.perf_counter() - start
-    return Stream(np.array(run_ns), np.array(all_ns), seconds, warm_up, answers)
+    return Stream(
+        run_ns=np.array(run_ns),
+        all_ns=np.array(all_ns),
+        start_ns=start_ns,
+        seconds=seconds,
+        batch=groups.shape[1],
+        warm_up=warm_up,
+        answers=answers,
+    )
 
 
 def _warm_up(instance: Instance, groups: NDArray[np.float32], seconds: float) -> int:
@@ -148,6 +165,7 @@ class _Worker(threading.Thread):
         super().__init__(name=f"instance {number}", daemon=True)
         self._number, self._team = number, team
         self.done_ns = array("q")
+        self.warm_up = 0
         self.answers = Answers(seed=number)
 
     def run(self) -> None:
@@ -155,7 +173,7 @@ class _Worker(threading.Thread):
         team = self._team
         try:
             with Instance(team.bundle, team.runtime, double_buffer=team.double_buffer) as instance:
-                _warm_up(instance, team.groups, team.minima.seconds)
+                self.warm_up = _warm_up(instance, team.groups, team.minima.seconds)
                 team.begin.wait()
                 self._answer(instance)
         except threading.BrokenBarrierError:
@@ -245,5 +263,12 @@ def offline(
     if team.failures:
         raise team.failures[0]
     done = np.sort(np.concatenate([np.array(worker.done_ns) for worker in workers]))
-    answers = [worker.answers for worker in workers]
-    return Flood(done, bundle.batch, runtime.instances, double_buffer, answers)
+    return Flood(
+        done_ns=done,
+        start_ns=team.start_ns,
+        batch=bundle.batch,
+        instances=runtime.instances,
+        double_buffer=double_buffer,
+        warm_up=sum(worker.warm_up for worker in workers),
+        answers=[worker.answers for worker in workers],
+    )

@@ -10,11 +10,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from kdbench_heat import THROTTLING_C
+
 #: Axelera AI in the PCI vendor list.
 _VENDOR = "0x1f9d"
-
-#: Metis throttles its matrix units from here on. Source: Voyager SDK 1.6, thermal guide.
-THROTTLING_C = 105.0
 
 
 def describe_host(sysfs: Path) -> dict[str, Any]:
@@ -65,8 +64,7 @@ def read_link(device: str | None, sysfs: Path) -> dict[str, Any]:
         if _word(path / "vendor") == _VENDOR
     ]
     if len(folders) > 1:
-        numbers = [int(n) for n in re.findall(r"\d+", device)[:2]]
-        folders = [path for path in folders if _pci_numbers(path.name) == numbers]
+        folders = [path for path in folders if _is_at(path.name, device)]
     if len(folders) != 1:
         return {**nothing, "reason": f"no PCI device of vendor {_VENDOR} that is {device} in sysfs"}
     width, widest = (_word(folders[0] / f"{which}_link_width") for which in ("current", "max"))
@@ -79,49 +77,33 @@ def read_link(device: str | None, sysfs: Path) -> dict[str, Any]:
     }
 
 
-def _pci_numbers(address: str) -> list[int]:
-    """Domain and bus of 0000:04:00.0."""
-    return [int(part, 16) for part in address.split(":")[:2]]
+def _is_at(address: str, device: str) -> bool:
+    """Whether metis-0:4:0 may be at 0000:04:00.0; no page says if its numbers are hexadecimal."""
+    place = [int(part, 16) for part in address.split(":")[:2]]
+    numbers = re.findall(r"[0-9a-f]+", device.partition("-")[2])[:2]
+    readings = [[int(n, 16) for n in numbers]]
+    if all(n.isdecimal() for n in numbers):
+        readings.append([int(n) for n in numbers])
+    return place in readings
 
 
-def read_heat(device: str | None, configuration: dict[str, str]) -> dict[str, Any]:
-    """Temperature and power as axmonitor shows them, clocks as the runtime does.
-
-    Source: Voyager SDK 1.6 to 1.8, axmonitor. Its output has no documented form, so the first line
-    with the word and a number counts.
-    """
-    clocks = {k: v for k, v in configuration.items() if "clock" in k or "mvm" in k}
-    if device is None:
-        return _heat(None, None, {}, "no device: emulated on the host")
-    tool = shutil.which("axmonitor")
-    if tool is None:
-        return _heat(None, None, clocks, "axmonitor is not installed")
-    command = [tool, "--server-address", "127.0.0.1:5555", "--ui", "console", "-c", "print"]
+def read_driver(device: str | None) -> str | None:
+    """Release of the kernel driver, as the SDK's axversion tells it."""
+    tool = shutil.which("axversion")
+    if device is None or tool is None:
+        return None
     try:
-        printed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return _heat(None, None, clocks, f"axmonitor did not answer: {type(error).__name__}")
-    temperature = _number(r"temp[^\n\d-]*(-?\d+(?:\.\d+)?)", printed.stdout)
-    power = _number(r"power[^\n\d]*(\d+(?:\.\d+)?)\s*W\b", printed.stdout)
-    missing = [n for n, v in (("temperature", temperature), ("power", power)) if v is None]
-    return _heat(
-        temperature, power, clocks, f"axmonitor shows no {' and no '.join(missing)}" * bool(missing)
-    )
-
-
-def _heat(
-    temperature: float | None, power: float | None, clocks: dict[str, str], reason: str
-) -> dict[str, Any]:
-    return {"temperature_c": temperature, "power_w": power, "clocks": clocks, "reason": reason}
-
-
-def _number(pattern: str, text: str) -> float | None:
-    found = re.search(pattern, text, re.IGNORECASE)
-    return float(found[1]) if found else None
+        printed = subprocess.run(
+            [tool, "--driver"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\d+\.\d+[\w.+-]*", printed.stdout)
+    return found[0] if found else None
 
 
 def machine_faults(
-    link: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+    link: dict[str, Any], before: dict[str, Any], during: dict[str, Any], after: dict[str, Any]
 ) -> list[str]:
     """Why figures from this machine can't be trusted: a narrow link, heat, a lower clock."""
     faults = []
@@ -130,9 +112,13 @@ def machine_faults(
             f"PCIe link is x{link['width']}, the card can x{link['max_width']}; "
             "use another slot, or seat the card again"
         )
-    hottest = max((h["temperature_c"] or 0.0) for h in (before, after))
+    degrees = (before["temperature_c"], during["hottest_c"], after["temperature_c"])
+    hottest = max(found or 0.0 for found in degrees)
     if hottest >= THROTTLING_C:
         faults.append(f"{hottest:g} C: the chip throttles from {THROTTLING_C:g} C on; cool it")
     if before["clocks"] != after["clocks"]:
-        faults.append(f"clocks changed from {before['clocks']} to {after['clocks']}")
+        faults.append(
+            f"clocks changed from {before['clocks']} to {after['clocks']}; let nobody else set "
+            "them (AXELERA_CONFIGURE_BOARD=0), and measure again"
+        )
     return faults

@@ -8,32 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdbench_figures import accuracy, judge, stability, summary, throughput
-from kdbench_load import Minima
+from kdbench_audit import Repetition, caching, caching_faults
+from kdbench_figures import accuracy, judge, per_interval, stability, summary, throughput
+from kdbench_load import WARM_UP_SECONDS, Minima
 from kdbench_machine import machine_faults
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from kdbench_bundle import Bundle
+    from kdbench_heat import Watch
     from kdbench_load import Flood, Stream
     from kdbench_runtime import Runtime
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass
 class Measured:
     """Raw results of one run of this program."""
 
+    watch: Watch
+    begin_ns: int = 0  # of time.perf_counter_ns; zero of all times in the document
     load_ms: float = 0.0
     first_ms: float = 0.0
     checks: list[dict[str, Any]] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
     floods: dict[bool, list[Flood]] = field(default_factory=dict)  # by double buffering
-    soak: list[dict[str, Any]] = field(default_factory=list)
+    repetition: Repetition | None = None
+    soak: Flood | None = None
     classes: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     expected: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
@@ -61,15 +67,20 @@ def describe(
         ]
     ways = [throughput(floods, on) for floods in result.floods.values()]
     best = max(result.floods.values(), key=lambda f: throughput(f, on)["value"], default=[])
-    audit = _audit(result)
+    audit, watched = _audit(result), result.watch.describe()
+    assert result.repetition is not None
+    repeated = caching(result.repetition, on)
+    heat = (around["heat_before"], watched, around["heat_after"])
     faults = [
-        *machine_faults(around["link"], around["heat_before"], around["heat_after"]),
+        *machine_faults(around["link"], *heat),
         *_accuracy_faults(found, bundle.index["limits"]["accuracy_loss_points"]),
         *(
-            f"{a['different']} of {a['kept']} kept answers of {a['scope']} differ"
+            f"{a['different']} of {a['kept']} kept answers of {a['scope']} differ from those of an "
+            "idle instance; their times are of no use, measure with another release of the runtime"
             for a in audit
             if a["different"]
         ),
+        *caching_faults(repeated),
     ]
     minima = Minima(args.min_seconds, args.min_queries, args.min_samples)
     every_flood = [flood for floods in result.floods.values() for flood in floods]
@@ -81,8 +92,10 @@ def describe(
         "model": bundle.index["model_digest"],
         "runtime": bundle.index["runtime"],
         "runtime_version": runtime.version,
+        "compiled_by": bundle.index["backend"],
         "measured_on": on,
         "device": runtime.device,
+        "instance_options": runtime.options,
         "aipu_cores": bundle.index["aipu_cores"],
         "batch": bundle.batch,
         "instances": runtime.instances,
@@ -93,9 +106,11 @@ def describe(
             "min_seconds": args.min_seconds,
             "min_queries": args.min_queries,
             "min_samples": args.min_samples,
+            "warm_up_seconds": min(WARM_UP_SECONDS, args.min_seconds),
             "repeats": args.repeats,
         },
         **around,
+        "heat_during": watched,
         "checks": result.checks,
         "load_ms": _figure(result.load_ms, "ms", on, 1, "load"),
         "first_inference_ms": _figure(result.first_ms, "ms", on, 1, "first call, tensor to logits"),
@@ -104,11 +119,12 @@ def describe(
             latency[2]["p50"] / latency[0]["p50"], "fraction", on, len(all_ns),
             "p50 around the runtime call / p50 of the runtime call",
         ) if latency else None,
-        "warm_up_queries": sum(s.warm_up for s in result.streams),
+        "passes": _passes(result, on),
         "throughput": throughput(best, on) if best else None,
         "throughput_modes": ways,
         "stability": stability(result.streams, best),
         "audit": audit,
+        "repetition": repeated,
         "top1_test": _figure(
             found["top1"],
             "fraction",
@@ -122,13 +138,58 @@ def describe(
             "limit_points": bundle.index["limits"]["accuracy_loss_points"],
             "measured_on": on,
         },
-        "soak": result.soak,
+        "soak": _minutes(result, on),
         "verdict": judge(minima, result.streams, every_flood, faults),
     }  # fmt: skip
 
 
 def _figure(value: float, unit: str, on: str, n: int, scope: str) -> dict[str, Any]:
     return {"value": value, "unit": unit, "measured_on": on, "n": n, "scope": scope}
+
+
+def _passes(result: Measured, on: str) -> list[dict[str, Any]]:
+    """Every scenario that ran, in time's order: when, how much, how hot, at which power."""
+    rows = []
+    scenarios: list[tuple[str, Sequence[Stream | Flood]]] = [("SingleStream", result.streams)]
+    for double, floods in result.floods.items():
+        scenarios.append((f"Offline, {'double' if double else 'single'} buffering", floods))
+    for scenario, runs in scenarios:
+        for repeat, run in enumerate(runs):
+            start, end = run.start_ns, run.start_ns + int(run.seconds * 1e9)
+            heat = result.watch.between(start, end)
+            watts = heat["power_w"]
+            rows.append(
+                {
+                    "scenario": scenario,
+                    "repeat": repeat,
+                    "start_s": (start - result.begin_ns) / 1e9,
+                    "seconds": run.seconds,
+                    "frames": run.frames,
+                    "warm_up_queries": run.warm_up,
+                    **heat,
+                    "energy_mj": None if watts is None else 1e3 * watts * run.seconds / run.frames,
+                    "measured_on": on,
+                }
+            )
+    return sorted(rows, key=lambda row: float(row["start_s"]))
+
+
+def _minutes(result: Measured, on: str) -> list[dict[str, Any]]:
+    """The soak, minute by minute."""
+    if result.soak is None:
+        return []
+    minute_ns = 60 * 10**9
+    start = result.soak.start_ns
+    return [
+        {
+            "minute": n + 1,
+            "value": rate,
+            "unit": "frames/s",
+            "measured_on": on,
+            **result.watch.between(start + n * minute_ns, start + (n + 1) * minute_ns),
+        }
+        for n, rate in enumerate(per_interval(result.soak.done_ns, result.soak.batch, 60.0))
+    ]
 
 
 def _audit(result: Measured) -> list[dict[str, Any]]:
@@ -150,26 +211,39 @@ def _accuracy_faults(found: dict[str, float], limit: float) -> list[str]:
         return []
     return [
         f"accuracy: {found['loss_points']:.2f} points of top-1 below the float student, at least "
-        f"{found['loss_low']:.2f} (limit {limit:g})"
+        f"{found['loss_low']:.2f} (limit {limit:g}); calibrate with more patches or another scheme"
     ]
 
 
 def raw_samples(bundle: Bundle, result: Measured) -> dict[str, NDArray[Any]]:
-    """Every time and every answer that a printed figure comes from."""
-    test = bundle.arrays("test.npz")
+    """Every time, reading and answer that a printed figure comes from.
+
+    Times of the device's heat and of each start are in ns since the measurement began.
+    """
+    test, readings = bundle.arrays("test.npz"), result.watch.readings()
+    assert result.repetition is not None
     samples: dict[str, NDArray[Any]] = {
         "test_classes": result.classes,
         "test_labels": test["labels"],
         "test_float_classes": test["float_classes"],
+        "repetition_distinct_ns": result.repetition.distinct_ns,
+        "repetition_same_ns": result.repetition.same_ns,
+        "heat_ns": np.array([r.at_ns - result.begin_ns for r in readings], np.int64),
+        "heat_c": np.array([r.temperature_c for r in readings], np.float64),  # None becomes NaN
+        "heat_w": np.array([r.power_w for r in readings], np.float64),
     }
     for name in ("run_ns", "all_ns") if result.streams else ():
         samples[name] = np.concatenate([getattr(stream, name) for stream in result.streams])
     if result.streams:
         samples["repeat_ends"] = np.cumsum([len(stream.all_ns) for stream in result.streams])
+        starts = [stream.start_ns - result.begin_ns for stream in result.streams]
+        samples["repeat_starts_ns"] = np.array(starts, np.int64)
     for double, floods in result.floods.items():
         for repeat, flood in enumerate(floods):
             name = f"offline_{'double' if double else 'single'}_{repeat}_done_ns"
             samples[name] = flood.done_ns
+    if result.soak is not None:
+        samples["soak_done_ns"] = result.soak.done_ns
     return samples
 
 
@@ -191,7 +265,7 @@ def table(document: dict[str, Any]) -> str:
     for row in document["soak"]:
         lines.append(
             f"soak           minute {row['minute']:>3}  {row['value']:.1f} frames/s  "
-            f"{shown(row['temperature_c'], ' C')}  [{on}]"
+            f"{shown(row['hottest_c'], ' C')}  [{on}]"
         )
     right, loss = document["top1_test"], document["accuracy"]
     lines.append(f"top-1 (test)   {right['value']:.4f}  n {right['n']}  [{right['scope']}; {on}]")
@@ -199,11 +273,19 @@ def table(document: dict[str, Any]) -> str:
         f"               {loss['loss_points']:+.2f} points below the float student, 95 % interval "
         f"{loss['loss_low']:+.2f} to {loss['loss_high']:+.2f}, agreement {loss['agreement']:.4f}"
     )
-    heat, link = document["heat_after"], document["link"]
+    same = document["repetition"]
     lines.append(
-        f"device         {(document['device'] or {}).get('name', 'none')}, temperature "
-        f"{shown(heat['temperature_c'], ' C')}, power {shown(heat['power_w'], ' W')}, link x"
-        f"{shown(link['width'], '', 0)}" + (f" ({link['reason']})" if link["reason"] else "")
+        f"same sample    {same['value']:.2f} times faster than distinct ones, {same['low']:.2f} to "
+        f"{same['high']:.2f}, limit {same['limit']:g}  n {same['n']}  [{on}]"
+    )
+    heat, link = document["heat_during"], document["link"]
+    watts = [row["power_w"] for row in document["passes"] if row["power_w"] is not None]
+    lines.append(
+        f"device         {(document['device'] or {}).get('name', 'none')}, at most "
+        f"{shown(heat['hottest_c'], ' C')} and {shown(max(watts, default=None), ' W')}"
+        + (f" ({heat['reason']})" if heat["reason"] else "")
+        + f", link x{shown(link['width'], '', 0)}"
+        + (f" ({link['reason']})" if link["reason"] else "")
     )
     word = document["verdict"]
     lines.append(f"verdict        {word['word']}  {'; '.join(word['reasons'])}".rstrip())

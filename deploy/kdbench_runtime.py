@@ -69,6 +69,7 @@ class OnnxRuntime:
 
     measured_on = "host-emulation"
     double_buffer = False  # it has none
+    options: Mapping[str, int] | None = None
 
     def __init__(self, bundle: Bundle, device: str | None) -> None:
         if device is not None:
@@ -116,6 +117,8 @@ class AxeleraRuntime:
 
     measured_on = "device"
     double_buffer = True
+    #: Of every instance. Its memory is ours, numpy's; shared buffers would be another scope.
+    options: Mapping[str, int] | None = {"input_dmabuf": 0, "output_dmabuf": 0}
 
     def __init__(self, bundle: Bundle, device: str | None) -> None:
         try:
@@ -209,6 +212,7 @@ class AxeleraRuntime:
                 num_sub_devices=self._batch,
                 aipu_cores=self._batch,
                 double_buffer=int(double_buffer),
+                **(self.options or {}),
             )
         except Exception as error:
             connection.release()

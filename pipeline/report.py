@@ -9,7 +9,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA = 2
+SCHEMA = 3
 
 MeasuredOn = Literal["device", "host-emulation", "host-float", "estimate", "published"]
 
@@ -42,6 +42,7 @@ class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     p90: float | None
     p95: float | None
     p99: float | None
+    p999: float | None
     max: float
     bounds: dict[str, float | None]  # per percentile, not exceeded at 99 % confidence (LoadGen)
 
@@ -84,6 +85,47 @@ class Heat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
+class Watched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The device each second of the measurement; null with the reason where it can't be read."""
+
+    source: str | None
+    n: int  # readings
+    coolest_c: float | None
+    hottest_c: float | None
+    throttling: bool | None  # as hot as where the chip throttles
+    cpu_share: float | None  # of one core of the host, for reading
+    clocks: str
+    reason: str
+
+
+class Pass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One scenario, from its start to its last answer; the device's power in the same window."""
+
+    scenario: str
+    repeat: int
+    start_s: float  # since the measurement began
+    seconds: float
+    frames: int
+    warm_up_queries: int  # before the start
+    hottest_c: float | None
+    power_w: float | None  # mean, of the whole card
+    energy_mj: float | None  # per frame
+    measured_on: MeasuredOn
+
+
+class Repetition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Time of distinct samples / time of one sample repeated; the idea of MLPerf's TEST04."""
+
+    scope: str
+    value: float  # median over rounds
+    low: float  # ends of its 98.8 % interval
+    high: float
+    limit: float
+    unit: Literal["times faster"]
+    measured_on: MeasuredOn
+    n: int  # repeated queries
+
+
 class Minute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One minute of a soak."""
 
@@ -91,8 +133,8 @@ class Minute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value: float
     unit: Literal["frames/s"]
     measured_on: MeasuredOn
-    temperature_c: float | None
-    power_w: float | None
+    hottest_c: float | None
+    power_w: float | None  # mean
 
 
 class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,13 +145,14 @@ class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_seconds: float
     min_queries: int
     min_samples: int
+    warm_up_seconds: float
     repeats: int
 
 
 class Stability(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How even the run was; null where it has too few queries or repeats to tell."""
 
-    drift: float | None  # median of the last tenth / of the first
+    drift: float | None  # median of a repeat's last tenth / of its first, where it is largest
     slow_queries: int  # slower than the limit; never dropped
     slow_limit_ms: float | None
     repeats: int
@@ -142,8 +185,10 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     runtime: str
     runtime_version: str
+    compiled_by: str
     measured_on: Literal["device", "host-emulation"]
     device: dict[str, Any] | None
+    instance_options: dict[str, int] | None  # how the runtime loads the model
     aipu_cores: int
     batch: int
     instances: int
@@ -151,19 +196,22 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: Rules
     started: str
     host: dict[str, Any]
+    driver: str | None
     link: Link
     heat_before: Heat
+    heat_during: Watched
     heat_after: Heat
     checks: list[Check]
     load_ms: Figure
     first_inference_ms: Figure
     latency: list[Latency]
     overhead_share: Figure | None
-    warm_up_queries: int
+    passes: list[Pass]
     throughput: Figure | None  # of the faster way of buffering
     throughput_modes: list[Figure]
     stability: Stability
     audit: list[Audit]
+    repetition: Repetition
     top1_test: Figure
     accuracy: Accuracy
     soak: list[Minute]
@@ -254,6 +302,17 @@ def _check_origin(measurement: Measurement) -> None:
     for heat in (measurement.heat_before, measurement.heat_after) if emulated else ():
         if heat.temperature_c is not None or heat.power_w is not None or heat.clocks:
             raise ReportError("runtime onnxruntime has no device to read heat, power or clocks of")
+    degrees = [
+        measurement.heat_during.hottest_c,
+        *(run.hottest_c for run in measurement.passes),
+        *(minute.hottest_c for minute in measurement.soak),
+    ]
+    watts = [
+        *(run.power_w for run in measurement.passes),
+        *(minute.power_w for minute in measurement.soak),
+    ]
+    if emulated and (measurement.driver or {*degrees, *watts} - {None}):
+        raise ReportError("runtime onnxruntime has no device to read heat, power or a driver of")
     if emulated and measurement.link.width is not None:
         raise ReportError("runtime onnxruntime has no device to read a PCIe link of")
     for name, measured_on in _origins(measurement):
@@ -287,6 +346,9 @@ def _origins(measurement: Measurement) -> Iterator[tuple[str, str]]:
         yield f"throughput ({mode.scope})", mode.measured_on
     for latency in measurement.latency:
         yield f"latency ({latency.scope})", latency.measured_on
+    for run in measurement.passes:
+        yield f"{run.scenario}, repeat {run.repeat}", run.measured_on
+    yield "repetition", measurement.repetition.measured_on
     for minute in measurement.soak:
         yield f"soak (minute {minute.minute})", minute.measured_on
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline.report import BenchmarkReport, in_ms
+from pipeline.report import BenchmarkReport, Watched, in_ms
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 
 def write_report(report: BenchmarkReport, samples: Path, folder: Path) -> None:
@@ -47,6 +49,7 @@ def _render(name: str, report: BenchmarkReport, picture: str) -> str:
         "percent": lambda value: "null" if value is None else f"{100 * value:.1f} %",
         "figure": _figure,
         "words": _words,
+        "watched": _watched,
     }
     return environment.get_template(f"{name}.j2").render(
         report=report, measured=report.measurement, picture=picture
@@ -55,6 +58,14 @@ def _render(name: str, report: BenchmarkReport, picture: str) -> str:
 
 def _unit(value: float | None, unit: str) -> str:
     return "null" if value is None else f"{value:.1f} {unit}"
+
+
+def _watched(found: Watched) -> str:
+    if not found.n or found.cpu_share is None:
+        return f"null: {found.reason}"
+    words = f"{found.n} readings of {found.source}, at most {_unit(found.hottest_c, 'C')}"
+    cost = f"asking took {100 * found.cpu_share:.1f} % of one core of the host"
+    return "; ".join(filter(None, (words, cost, found.reason)))
 
 
 def _figure(value: dict[str, Any]) -> str:
@@ -77,7 +88,7 @@ def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree
 def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
     """The latency from tensor to logits: its histogram with percentiles, and its course in time.
 
-    Empty when SingleStream was not measured.
+    With the device's temperature, where it was read. Empty when SingleStream was not measured.
     """
     import io
 
@@ -91,8 +102,9 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
     if not rows:
         return ""
     (latency,) = rows
-    with np.load(samples) as raw:
-        ms = raw["all_ns"] / 1e6
+    with np.load(samples) as archive:
+        raw = {**archive}
+    ms = raw["all_ns"] / 1e6
     shown = ms[ms <= np.quantile(ms, 0.999)]
     with plt.rc_context({"svg.hashsalt": "kdpipe", "font.size": 9}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 2.6), layout="constrained")
@@ -104,19 +116,35 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
         left.set_xlabel(f"ms, {latency.scope} ({latency.measured_on}); slowest 0.1 % not drawn")
         left.set_ylabel("queries")
         left.legend()
-        # At most 300 points, each of 50 queries in a row or more.
-        parts = np.array_split(ms, max(1, min(300, len(ms) // 50)))
-        seconds = np.cumsum([part.sum() for part in parts]) / 1e3
-        for quantile, color in ((0.5, "#222222"), (0.9, "#e45756")):
-            label = f"p{100 * quantile:.0f} of {len(parts[0])} queries"
-            points = [np.quantile(part, quantile) for part in parts]
-            right.plot(seconds, points, color=color, linewidth=0.9, label=label)
-        right.set_ylim(bottom=0)
+        _draw_course(right, raw)
         right.set_xlabel(f"seconds of the measurement ({latency.measured_on})")
-        right.set_ylabel("ms")
-        right.legend()
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
         plt.close(figure)
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def _draw_course(axes: Any, raw: dict[str, NDArray[Any]]) -> None:  # noqa: ANN401 - matplotlib's
+    """Percentiles over time, a line for each repeat; the temperature, on an axis of its own."""
+    import numpy as np
+
+    ends = raw["repeat_ends"]
+    # At most 300 points, each of 50 queries in a row or more.
+    many = max(50, len(raw["all_ns"]) // 300)
+    for number, all_ns in enumerate(np.split(raw["all_ns"], ends[:-1])):
+        parts = np.array_split(all_ns / 1e6, max(1, len(all_ns) // many))
+        seconds = raw["repeat_starts_ns"][number] / 1e9 + np.cumsum([p.sum() for p in parts]) / 1e3
+        for quantile, color in ((0.5, "#222222"), (0.9, "#e45756")):
+            label = f"p{100 * quantile:.0f} of {len(parts[0])} queries" if number == 0 else None
+            points = [np.quantile(part, quantile) for part in parts]
+            axes.plot(seconds, points, color=color, linewidth=0.9, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("ms")
+    degrees = raw["heat_c"]
+    if not np.isnan(degrees).all():
+        warm = axes.twinx()
+        warm.plot(raw["heat_ns"] / 1e9, degrees, color="#f58518", linewidth=0.9)
+        axes.plot([], [], color="#f58518", label="device, C")
+        warm.set_ylabel("device, C")
+    axes.legend()

@@ -1,6 +1,7 @@
 """kdbench as a device user starts it: a program in a bundle, without kdpipe."""
 
 import json
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -177,17 +178,59 @@ def test_too_slow_for_the_minima_is_invalid(bundle):
     assert "of 1e+08 samples" in reason
 
 
-def test_repeats_give_a_spread(bundle, tmp_path):
-    found = bundle.measured("--repeats=3", f"--samples={tmp_path / 's.npz'}")
-    samples = np.load(tmp_path / "s.npz")
-    ends = samples["repeat_ends"]
-    parts = np.split(samples["all_ns"], ends[:-1])
-    p90 = [np.sort(part)[int(0.9 * len(part))] for part in parts]
-    assert found["stability"]["spread_p90"] == pytest.approx(np.ptp(p90) / np.median(p90))
-    assert found["stability"]["spread_throughput"] > 0
-    assert found["throughput"]["n"] == sum(
-        len(samples[f"offline_single_{repeat}_done_ns"]) for repeat in range(3)
+def test_every_printed_statistic_comes_out_of_the_samples_again(bundle, tmp_path):
+    found = bundle.measured(
+        "--repeats=3", "--min-queries=700", "--soak=0.005", f"--samples={tmp_path / 's.npz'}"
     )
+    raw = np.load(tmp_path / "s.npz")
+    series = (raw["run_ns"], raw["all_ns"], raw["all_ns"] - raw["run_ns"])
+    for row, ns in zip(found["latency"], series, strict=True):
+        ms = np.sort(ns) / 1e6
+        figures = {"min": ms[0], "max": ms[-1], "mean": ms.mean(), "std": ms.std(), "n": len(ms)}
+        for name, quantile in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
+            figures[name] = ms[math.floor(quantile * len(ms))]
+        assert {name: row[name] for name in figures} == figures
+    parts = np.split(raw["all_ns"], raw["repeat_ends"][:-1])
+    p90 = [np.sort(part)[int(0.9 * len(part))] for part in parts]
+    tenths = [(np.median(p[-(len(p) // 10) :]), np.median(p[: len(p) // 10])) for p in parts]
+    rates = [len(raw[f"offline_single_{n}_done_ns"]) for n in range(3)]
+    seconds = [raw[f"offline_single_{n}_done_ns"][-1] / 1e9 for n in range(3)]
+    spread = np.ptp(np.divide(rates, seconds)) / np.median(np.divide(rates, seconds))
+    stability = found["stability"]
+    assert stability["spread_p90"] == pytest.approx(np.ptp(p90) / np.median(p90))
+    assert stability["spread_throughput"] == pytest.approx(spread)
+    assert stability["drift"] in [last / first for last, first in tenths]
+    assert stability["slow_queries"] == (raw["all_ns"] > 5 * np.median(raw["all_ns"])).sum()
+    assert found["throughput"]["n"] == sum(rates)
+    assert found["throughput"]["value"] == pytest.approx(sum(rates) / sum(seconds))
+    ratios = np.sort(
+        np.median(raw["repetition_distinct_ns"], 1) / np.median(raw["repetition_same_ns"], 1)
+    )
+    assert [found["repetition"][k] for k in ("low", "value", "high")] == [*ratios[[1, 5, 9]]]
+    assert found["soak"][0]["value"] == pytest.approx(
+        len(raw["soak_done_ns"]) / raw["soak_done_ns"][-1] * 1e9
+    )
+    assert found["top1_test"]["value"] == (raw["test_classes"] == raw["test_labels"]).mean()
+    # What ran, in time's order: SingleStream and Offline by turns, each loaded anew.
+    assert [(run["scenario"], run["repeat"]) for run in found["passes"]] == [
+        (scenario, repeat)
+        for repeat in range(3)
+        for scenario in ("SingleStream", "Offline, single buffering")
+    ]
+    streams = found["passes"][::2]
+    assert [run["frames"] for run in streams] == [len(part) for part in parts]
+    assert [1e9 * run["start_s"] for run in streams] == pytest.approx(raw["repeat_starts_ns"])
+
+
+def test_the_words_mlperf_and_soak(monkeypatch):
+    monkeypatch.syspath_prepend("deploy")
+    from kdbench import parse
+
+    asked = parse(["--mlperf", "--min-queries=5", "--min-samples=5", "--soak"])
+    assert (asked.min_seconds, asked.min_queries, asked.min_samples) == (600, 1024, 24576)
+    assert asked.soak == 30
+    assert parse([]).soak == 0
+    assert parse(["--mlperf", "--min-seconds=900"]).min_seconds == 900
 
 
 def test_a_soak_has_a_line_for_every_minute(bundle):

@@ -116,6 +116,21 @@ def test_answers_that_come_later_than_documented_are_invalid(for_metis):
     assert "kept answers of Offline, double buffering differ" in reason
 
 
+def test_a_runtime_that_keeps_answers_is_invalid(for_metis):
+    bundle = for_metis()
+    words = ("--scenario=single-stream", "--min-seconds=0.5")
+    honest = bundle.measured(*words, FAKE_LATENCY_MS=2)
+    assert honest["repetition"]["low"] < honest["repetition"]["limit"] == 1.1
+    assert honest["verdict"]["word"] == "SMOKE"
+    found = bundle.measured(*words, FAKE_LATENCY_MS=2, FAKE_CACHE=1)
+    assert found["verdict"]["word"] == "INVALID"
+    (reason,) = found["verdict"]["reasons"]
+    assert reason.startswith("the same sample again is answered ")
+    assert "something keeps answers" in reason
+    # Answers themselves are right, so nothing else could tell.
+    assert not any(audit["different"] for audit in found["audit"])
+
+
 def link(folder, width, device="0000:01:00.0", widest=4):
     place = folder / "bus/pci/devices" / device
     place.mkdir(parents=True)
@@ -148,14 +163,48 @@ def test_with_two_cards_the_link_is_that_of_the_one_that_is_measured(for_metis, 
     assert (found["link"]["width"], found["verdict"]["word"]) == (2, "SMOKE")
 
 
-@pytest.mark.parametrize(("degrees", "word"), [(60, "SMOKE"), (105, "INVALID")])
-def test_temperature_and_power_are_read_and_heat_is_invalid(for_metis, degrees, word):
-    found = for_metis().measured(FAKE_TEMPERATURE=degrees, FAKE_POWER=9.5, PATH=PATH)
+def test_heat_and_power_are_read_each_second_while_measuring(for_metis, tmp_path):
+    samples = tmp_path / "s.npz"
+    found = for_metis().measured(
+        "--scenario=single-stream", "--min-seconds=3.4", f"--samples={samples}",
+        FAKE_TEMPERATURE=61, FAKE_POWER=8, PATH=PATH,
+    )  # fmt: skip
     for when in ("heat_before", "heat_after"):
-        assert found[when]["temperature_c"] == degrees
-        assert found[when]["power_w"] == 9.5
+        assert (found[when]["temperature_c"], found[when]["power_w"]) == (61, 8)
         assert found[when]["clocks"] == {"clock_profile": "800"}
-    assert found["verdict"]["word"] == word
+    assert found["verdict"]["word"] == "SMOKE"
+    watched, (run,) = found["heat_during"], found["passes"]
+    assert watched["source"] == "axmonitor, each second"
+    assert 4 <= watched["n"] <= 12
+    assert (watched["coolest_c"], watched["hottest_c"], watched["throttling"]) == (61, 61, False)
+    assert 0 < watched["cpu_share"] < 0.5
+    assert "not_readable" in watched["clocks"]
+    assert (run["hottest_c"], run["power_w"]) == (61, 8)
+    assert run["energy_mj"] == pytest.approx(8e3 * run["seconds"] / run["frames"])
+    with np.load(samples) as raw:
+        assert len(raw["heat_ns"]) == watched["n"]
+        assert (raw["heat_c"] == 61).all()
+        assert (np.diff(raw["heat_ns"]) > 0.5e9).all()
+        assert raw["repeat_starts_ns"][0] == pytest.approx(1e9 * run["start_s"])
+
+
+def test_of_two_cards_the_measured_one_is_watched(for_metis, tmp_path):
+    tool = tmp_path / "axmonitor"
+    tool.write_text(
+        "#!/bin/sh\nprintf 'metis-0-1-0\\n Core Temp: 99 C\\nmetis-0-2-0\\n Core Temp: 41 C\\n'\n"
+    )
+    tool.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    found = for_metis().measured("--device=metis-0:2:0", FAKE_DEVICES=2, PATH=path)
+    assert found["heat_before"]["temperature_c"] == 41
+    assert found["heat_before"]["reason"] == "axmonitor shows no power"
+
+
+def test_heat_is_invalid(for_metis):
+    found = for_metis().measured(FAKE_TEMPERATURE=105, PATH=PATH)
+    assert found["heat_during"]["throttling"] is True
+    assert found["verdict"]["word"] == "INVALID"
+    assert "105 C: the chip throttles from 105 C on; cool it" in found["verdict"]["reasons"]
 
 
 def test_what_cannot_be_read_is_null_with_the_reason(for_metis, tmp_path):
@@ -163,5 +212,8 @@ def test_what_cannot_be_read_is_null_with_the_reason(for_metis, tmp_path):
     found = bundle.measured(f"--sysfs={tmp_path}", PATH=PATH)  # axmonitor reaches no server
     assert found["heat_after"]["temperature_c"] is None
     assert "axmonitor did not answer" in found["heat_after"]["reason"]
+    assert found["heat_during"]["n"] == 0
+    assert found["heat_during"]["reason"].startswith("not_readable: axmonitor did not answer")
+    assert found["passes"][0]["energy_mj"] is None
     assert found["link"]["width"] is None
     assert "in sysfs" in found["link"]["reason"]

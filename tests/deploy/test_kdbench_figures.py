@@ -23,7 +23,16 @@ def figures():
 
 @pytest.mark.parametrize(
     ("queries", "null"),
-    [(63, ("p90", "p95", "p99")), (64, ("p95", "p99")), (661, ("p99",)), (662, ())],
+    [
+        (63, ("p90", "p95", "p99", "p999")),
+        (64, ("p95", "p99", "p999")),
+        (129, ("p95", "p99", "p999")),
+        (130, ("p99", "p999")),
+        (661, ("p99", "p999")),
+        (662, ("p999",)),
+        (6635, ("p999",)),
+        (6636, ()),
+    ],
 )
 def test_a_percentile_of_too_few_queries_is_null(figures, queries, null):
     ns = np.random.default_rng(0).permutation(np.arange(1, queries + 1)) * 1_000_000
@@ -95,8 +104,43 @@ def test_drift_and_slow_queries(figures):
     ns[500] = 11_000_000
     found = figures.stability([SimpleNamespace(all_ns=ns)], [])
     assert found["drift"] == 1.5
+    # Each repeat by itself: a warm end of one and a cool start of the next don't cancel.
+    repeats = [SimpleNamespace(all_ns=part) for part in (ns, ns[::-1], ns // 2)]
+    assert figures.stability(repeats, [])["drift"] in (1.5, 1 / 1.5)
     assert (found["slow_queries"], found["slow_limit_ms"]) == (1, 10.0)
     assert found["spread_p90"] is None
+
+
+class Imagined:
+    """An instance whose times are drawn: bursts of other work, and a drift of the clock."""
+
+    def __init__(self, seed, cached):
+        self.random, self.cached, self.count, self.seen = (
+            np.random.default_rng(seed),
+            cached,
+            0,
+            set(),
+        )
+
+    def query(self, tensor):
+        self.count += 1
+        busy = 4.0 if self.count // 40 % 4 == 1 or self.random.random() < 0.1 else 1.0
+        milliseconds = (2 + self.count / 1000) * busy * self.random.lognormal(0, 0.4)
+        known = tensor.tobytes() in self.seen
+        self.seen.add(tensor.tobytes())
+        self.all_ns = int(milliseconds * 1e6 / (self.cached if known else 1.0))
+
+
+@pytest.mark.parametrize(("cached", "found_out"), [(1.0, False), (3.0, True)])
+def test_kept_answers_are_found_and_noise_is_not_taken_for_them(figures, cached, found_out):
+    import kdbench_audit
+
+    groups = np.random.default_rng(0).normal(size=(7, 1, 1, 4, 8)).astype(np.float32)
+    for seed in range(20):
+        times = kdbench_audit.repeat_samples(Imagined(seed, cached), groups, 1.0)
+        row = kdbench_audit.caching(times, "host-emulation")
+        assert bool(kdbench_audit.caching_faults(row)) == found_out, row
+        assert row["low"] <= row["value"] <= row["high"]
 
 
 def test_rates_per_interval(figures):

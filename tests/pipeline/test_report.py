@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from pipeline.report import (
@@ -37,6 +38,8 @@ FIGURES = [
     ("overhead_share",),
     ("accuracy",),
     ("throughput_modes", 0),
+    ("passes", 0),
+    ("repetition",),
 ]
 
 
@@ -72,13 +75,17 @@ def test_an_emulation_has_no_device(tree):
         (("heat_before", "temperature_c"), 41.0, "no device to read heat, power or clocks of"),
         (("heat_after", "power_w"), 7.5, "no device to read heat, power or clocks of"),
         (("heat_after", "clocks"), {"clock_profile": "800"}, "no device to read heat"),
+        (("heat_during", "hottest_c"), 41.0, "no device to read heat, power or a driver of"),
+        (("passes", 0, "power_w"), 7.5, "no device to read heat, power or a driver of"),
         (("link", "width"), 4, "no device to read a PCIe link of"),
     ],
 )
 def test_an_emulation_reads_nothing_off_a_device(tree, path, value, words):
-    group, field = path
-    assert not tree["measurement"][group][field]
-    tree["measurement"][group][field] = value
+    group = tree["measurement"]
+    for key in path[:-1]:
+        group = group[key]
+    assert not group[path[-1]]
+    group[path[-1]] = value
     with pytest.raises(ReportError, match=words):
         parse(tree)
 
@@ -122,6 +129,19 @@ def test_what_is_not_known_is_left_out_and_what_is_known_is_shown(tree, finished
             text = (tmp_path / name).read_text().replace("&#39;", "'")
             for words in shown:
                 assert (words in text) == (facts is known), (name, words)
+
+
+def test_the_picture_shows_the_temperature_where_there_is_one(tree, finished, tmp_path):
+    with np.load(finished.artifact("benchmark_report") / "samples.npz") as archive:
+        samples = {**archive}
+    assert len(samples["heat_c"]) == 0
+    for degrees in ([], [51.0, np.nan, 63.0]):
+        stamps = np.arange(len(degrees)) * 10**8
+        np.savez(tmp_path / "s.npz", **{**samples, "heat_c": degrees, "heat_ns": stamps})
+        write_report(parse(tree), tmp_path / "s.npz", tmp_path)
+        picture = (tmp_path / "latency.svg").read_text()
+        assert ("device, C" in picture) == bool(degrees)
+        assert picture in (tmp_path / "report.html").read_text()
 
 
 def test_the_measurement_must_be_of_the_same_contract(tree):

@@ -12,6 +12,7 @@ Environment, read at every call:
     FAKE_LATENCY_MS    a run takes at least this long (0); with double buffering a fifth less
     FAKE_CLOCK         clock_profile in the device's configuration (800)
     FAKE_DELAY         how many runs later results arrive with double buffering (2, as documented)
+    FAKE_CACHE         "1": an input that was seen before is answered from memory
     FAKE_HIDE          "1": onnxruntime, which this file itself uses, is not installed for others
 """
 
@@ -220,6 +221,7 @@ class ModelInstance(_Object):
         self._model = model
         self._thread = threading.get_ident()
         self._late: deque[np.ndarray] | None = deque() if double_buffer else None
+        self._seen: dict[bytes, np.ndarray] = {}
 
     def run(self, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> None:
         self._check()
@@ -239,12 +241,15 @@ class ModelInstance(_Object):
         if not (source[outside] == info.zero_point).all():
             raise InvalidArgument(f"the padding of {info.name} does not hold {info.zero_point}")
         start = time.perf_counter()
+        if _env("FAKE_CACHE", 0) and source.tobytes() in self._seen:
+            outputs[0][...] = self._seen[source.tobytes()]
+            return
         core = self._model.core
         (result,) = core.run(None, {core.get_inputs()[0].name: source})
         shortest = _env("FAKE_LATENCY_MS", 0.0) / 1e3 * (1.0 if self._late is None else 0.8)
         time.sleep(max(0.0, shortest - (time.perf_counter() - start)))
         if self._late is None:
-            outputs[0][...] = result
+            outputs[0][...] = self._seen[source.tobytes()] = result
             return
         self._late.append(result)
         outputs[0][...] = self._late.popleft() if len(self._late) > _env("FAKE_DELAY", 2) else 77
