@@ -75,7 +75,7 @@ def teach(
     """
     asked = labelling(job, params, contract, teachers)
     val = splits["val"]
-    digest = {name: job.digest(split.source.path) for name, split in splits.items()}
+    digest = {n: params.data.reading(job.digest(s.source.path)) for n, s in splits.items()}
     _label(job, asked, val, digest["val"], 1)
     outputs = _first_outputs(asked, val, digest["val"])
     probabilities = [gives_probabilities(found) for found in outputs]

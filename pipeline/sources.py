@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -49,6 +51,11 @@ class DataParams:
         """The splits that are asked for, by name."""
         given = {name: getattr(self, name) for name in SPLITS}
         return {name: split for name, split in given.items() if split is not None}
+
+    def reading(self, digest: str) -> str:
+        """The digest of a file as one of what is read from it: the file, and the names in it."""
+        about = [digest, self.format, self.modalities]
+        return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def label_shard(
     asked = labelling(job, params, contract, teachers)
     found = []
     for name, views in needed_views(params, splits).items():
-        digest = job.digest(splits[name].source.path)
+        digest = params.data.reading(job.digest(splits[name].source.path))
         if shard is not None:
             with job.progress(f"teachers, {name}", len(splits[name]) // shard[1]) as bar:
                 asked.label(splits[name], digest, views, shard=shard, done=bar.update)
@@ -299,7 +299,8 @@ def _cached(job: Job, params: IngestParams, splits: dict[str, Split]) -> dict[st
         path = split.source.path
         if path not in copies:
             bands = _seen_bands(params)
-            copies[path] = cached(split.source, bands, job.digest(path), job.cache, BLOCK)
+            digest = params.data.reading(job.digest(path))
+            copies[path] = cached(split.source, bands, digest, job.cache, BLOCK)
     return {
         name: replace(split, source=copies[split.source.path]) for name, split in splits.items()
     }
