@@ -75,6 +75,8 @@ class Distillation(lightning.LightningModule):
             if decay is not None
             else None
         )
+        if self.average is not None:  # else the optimizer and other processes wait for gradients
+            self.average.requires_grad_(False)
         self._validated: list[tuple[Tensor, Tensor]] = []
         self._seen: dict[str, list[Tensor]] = {}  # name -> one value per step of this epoch
 
@@ -187,11 +189,13 @@ class Distillation(lightning.LightningModule):
             "val_top1": float((logits.argmax(dim=1) == labels).float().mean()),
             "val_loss": float(hard_loss(logits, labels)),
         }
-        self.log_dict(values)
+        # Every process has its own running means; the first one's student is what is kept.
+        self.log_dict(self.trainer.strategy.broadcast(values))
 
     def on_train_epoch_end(self) -> None:
         """Log the means, and add this epoch to the history, which the checkpoints carry."""
-        self.log_dict({name: torch.stack(values).mean() for name, values in self._seen.items()})
+        means = {name: torch.stack(values).mean() for name, values in self._seen.items()}
+        self.log_dict(means, sync_dist=True)
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
@@ -226,8 +230,9 @@ class Distillation(lightning.LightningModule):
         optimizer_closure: Any = None,  # noqa: ANN401 - likewise
     ) -> None:
         """Warm up before a plateau schedule too, which itself knows epochs only."""
-        factor = lr_factor(self.global_step, self._steps, self._params)
-        if self._params.schedule == "plateau" and factor < 1:
+        warmup = warmup_steps(self._steps, self._params)
+        if self._params.schedule == "plateau" and self.global_step < warmup:
+            factor = lr_factor(self.global_step, self._steps, self._params)
             for group in optimizer.param_groups:
                 group["lr"] = factor * self._params.learning_rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -266,6 +271,11 @@ class Distillation(lightning.LightningModule):
         }
 
 
+def warmup_steps(steps: int, params: DistillParams) -> int:
+    """How many of the optimizer steps of the whole training warm up."""
+    return round(steps * min(1.0, params.warmup_epochs / params.epochs))
+
+
 def lr_factor(step: int, steps: int, params: DistillParams) -> float:
     """What the learning rate is multiplied with at an optimizer step.
 
@@ -276,7 +286,7 @@ def lr_factor(step: int, steps: int, params: DistillParams) -> float:
         steps: of the whole training.
         params: the section `distill`.
     """
-    warmup = round(steps * min(1.0, params.warmup_epochs / params.epochs))
+    warmup = warmup_steps(steps, params)
     if step < warmup:
         return (step + 1) / warmup
     if params.schedule == "cosine":

@@ -377,6 +377,18 @@ def test_early_stopping_waits_for_its_patience(tmp_path):
     assert len(rows) == facts["epochs"] == facts["best_epoch"] + 2
 
 
+def test_plateau_warms_up_to_the_full_rate_and_falls_when_nothing_gets_better(tmp_path):
+    given = {"warmup_epochs": 2, "lr_patience": 0, "lr_gamma": 0.5, "epochs": 10}
+    _, _, rows = fit(tmp_path, schedule="plateau", batch_size=90, **given)  # a step is an epoch
+    expected, best, rate = [], -1.0, 1.0
+    for row in rows:
+        expected.append(0.005 if not expected else 0.01 * rate)
+        rate *= 1.0 if row["val_top1"] > best else 0.5
+        best = max(best, row["val_top1"])
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
+    assert expected[1] == 0.01 > expected[-1]
+
+
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
