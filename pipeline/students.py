@@ -68,7 +68,9 @@ def build_student(
     except InputError as error:
         raise InputError(f"distill.student: {error}") from error
     if init is not None:
-        load_weights(network, init, f"distill.student {name}", but_head=True)
+        head = timm.get_pretrained_cfg_value(network_name, "classifier") or ()
+        heads = (head,) if isinstance(head, str) else head
+        load_weights(network, init, f"distill.student {name}", heads)
     return network
 
 
@@ -96,8 +98,9 @@ def create_network(
         with torch.no_grad():
             network.eval()(torch.zeros(1, *shape))
     except Exception as error:  # networks refuse sizes in their own ways
+        words = str(error) or type(error).__name__
         raise InputError(
-            f"{name} does not take {channels} channels at {height}x{width}: {error}"
+            f"{name} does not take {channels} channels at {height}x{width}: {words}"
         ) from error
     return network
 
@@ -165,15 +168,16 @@ def export_network(
     """
     network.eval()
     try:
-        torch.onnx.export(
-            network,
-            (torch.zeros(1, *shape),),
-            str(path),
-            opset_version=OPSET,
-            dynamo=False,
-            input_names=["input"],
-            output_names=["logits"],
-        )
+        with _silent_exporter():
+            torch.onnx.export(
+                network,
+                (torch.zeros(1, *shape),),
+                str(path),
+                opset_version=OPSET,
+                dynamo=False,
+                input_names=["input"],
+                output_names=["logits"],
+            )
     except torch.onnx.OnnxExporterError as error:
         first = str(error).strip().splitlines()[0]
         raise StageError(f"torch can't write the network as ONNX: {first[:200]}") from error
@@ -187,6 +191,26 @@ def export_network(
     onnx.checker.check_model(legalized.model, full_check=True)
     onnx.save(legalized.model, path)
     return legalized
+
+
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """Keep standard output for what kdpipe has to say.
+
+    On an error torch prints its whole graph from C++, past sys.stdout; and it warns that shapes
+    become constants, which is what we want.
+    """
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def torch_logits(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
+from huggingface_hub import constants, get_session
 
 from pipeline.checkpoints import load_weights
 from pipeline.stage import InputError
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from pipeline.sources import TeacherParams
     from preprocessing.contract import Contract, ZScore
+
+#: A hub that does not answer in this time is taken as not there.
+_REACH_SECONDS = 5.0
 
 
 def open_torch_teacher(
@@ -80,6 +84,10 @@ def _from_file(path: Path, params: TeacherParams, contract: Contract) -> nn.Modu
 def _pretrained(params: TeacherParams) -> nn.Module:
     """Weights from a hub; never with a head that was not trained for these classes."""
     assert params.timm is not None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_REACH_SECONDS)
+    except Exception:  # noqa: BLE001 - its client changed its library, and so its exceptions
+        constants.HF_HUB_OFFLINE = True  # what was fetched before serves; no minute of retries
     try:
         network: nn.Module = timm.create_model(params.timm, pretrained=True)
     except Exception as error:  # the hub's client raises in many ways
