@@ -10,6 +10,7 @@ Source: Voyager SDK 1.2.5 to 1.8, documentation of axelera.runtime.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import zipfile
 from importlib import import_module, metadata
@@ -130,6 +131,7 @@ class AxeleraRuntime:
                 5,
             ) from error
         self.version = f"axelera-rt {_version(self._library)}"
+        self._compiled_by = str(bundle.index["backend"])
         self._batch = bundle.batch
         self.instances = AIPU_CORES // bundle.batch
         try:
@@ -142,18 +144,21 @@ class AxeleraRuntime:
             try:
                 self._model = self._context.load_model(str(_model_json(bundle.model, scratch)))
             except Exception as error:
-                raise self._error(f"{bundle.index['model']} does not load", error, 1) from error
+                what = f"{bundle.index['model']} does not load{self._releases()}"
+                raise self._error(what, error, 1) from error
         self._check_tensors(bundle)
 
     def _choose(self, devices: list[Any], wanted: str | None) -> Any:  # noqa: ANN401 - the SDK's
-        names = [device.name for device in devices]
         if not devices:
             raise CheckError("no device: axelera.runtime lists none (axdevice shows why)", 6)
         if wanted is None:
             return devices[0]
-        if wanted not in names:
-            raise CheckError(f"no device {wanted!r}; there are {', '.join(names)}", 6)
-        return devices[names.index(wanted)]
+        # SDK 1.8 writes hyphens for colons in the names of device nodes.
+        named = {device.name.replace(":", "-"): device for device in devices}
+        if wanted.replace(":", "-") not in named:
+            names = ", ".join(device.name for device in devices)
+            raise CheckError(f"no device {wanted!r}; there are {names}", 6)
+        return named[wanted.replace(":", "-")]
 
     def _describe(self) -> dict[str, Any]:
         fields = (
@@ -216,7 +221,8 @@ class AxeleraRuntime:
             )
         except Exception as error:
             connection.release()
-            raise self._error("the model does not load on the device", error, 1) from error
+            what = f"the model does not load on the device{self._releases()}"
+            raise self._error(what, error, 1) from error
         return AxeleraInstance(
             self, connection, loaded, DOUBLE_BUFFER_DELAY if double_buffer else 0
         )
@@ -233,6 +239,19 @@ class AxeleraRuntime:
     def close(self) -> None:
         """Release the device and everything on it."""
         self._context.release()
+
+    def _releases(self) -> str:
+        """Both releases where they differ: 1.8 loads no model of 1.7 or before.
+
+        No page says where a model's format version stands, so the runtime is the one to judge it.
+        """
+        made, here = (re.search(r"\d+\.\d+", name) for name in (self._compiled_by, self.version))
+        if made and here and made[0] != here[0]:
+            return (
+                f" (compiled by {self._compiled_by}, here is {self.version}: compile again with "
+                "this release, or install that one)"
+            )
+        return ""
 
     def _error(self, what: str, error: Exception, status: int) -> CheckError:
         """The SDK's own words; its exceptions have no documented base class."""

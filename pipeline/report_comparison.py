@@ -51,6 +51,7 @@ class Ratio:
     second: float
     low: float  # ends of the 95 % interval of second / first
     high: float
+    spread: float | None  # of repeats of the same, relative; None: not measured
 
     @property
     def ratio(self) -> float:
@@ -59,8 +60,8 @@ class Ratio:
 
     @property
     def words(self) -> str:
-        """What the interval allows to say."""
-        if self.low <= 1.0 <= self.high:
+        """What the interval allows to say, and the control: repeats of one against each other."""
+        if self.low <= 1.0 <= self.high or abs(self.ratio - 1) <= (self.spread or 0.0):
             return "no difference shown"
         return f"the second is {'higher' if self.low > 1.0 else 'lower'}"
 
@@ -132,10 +133,15 @@ def remarks(first: Measured, second: Measured) -> Iterator[str]:
     devices = [m.device or {} for m in (a, b)]
     fields = {
         "model": (a.model, b.model),
+        "compiled by": (a.compiled_by, b.compiled_by),
         "runtime": (a.runtime_version, b.runtime_version),
+        "driver": (a.driver, b.driver),
         "firmware": tuple(d.get("firmware_version") for d in devices),
+        "board controller": tuple(d.get("board_controller_firmware_version") for d in devices),
         "device": tuple(d.get("name") for d in devices),
+        "clocks": (a.heat_before.clocks, b.heat_before.clocks),
         "PCIe width": (a.link.width, b.link.width),
+        "PCIe speed": (a.link.speed, b.link.speed),
         "processor": (a.host.get("cpu"), b.host.get("cpu")),
         "governor": (a.host.get("governor"), b.host.get("governor")),
     }
@@ -145,10 +151,21 @@ def remarks(first: Measured, second: Measured) -> Iterator[str]:
     starts = [m.heat_before.temperature_c for m in (a, b)]
     if None not in starts and abs(starts[0] - starts[1]) > START_DEGREES:  # type: ignore[operator]
         yield f"start temperature: {starts[0]} C against {starts[1]} C"
+    for name, measured in dict(((first.name, a), (second.name, b))).items():
+        if measured.stability.spread_p90 is None and measured.stability.spread_throughput is None:
+            yield (
+                f"{name} has fewer than 3 repeats, so what a restart changes is in no interval; "
+                "measure with benchmark.repeats=3"
+            )
+
+
+def _spread(name: str, first: Measured, second: Measured) -> float | None:
+    """How far apart repeats of the same lie, in the report where it is further."""
+    found = [getattr(m.report.measurement.stability, name) for m in (first, second)]
+    return max((value for value in found if value is not None), default=None)
 
 
 def _ratios(first: Measured, second: Measured) -> Iterator[Ratio]:
-
     one, other = first.report.measurement, second.report.measurement
     series = [_series(m.samples) for m in (first, second)]
     for a, b in zip(one.latency, other.latency, strict=True):
@@ -160,14 +177,16 @@ def _ratios(first: Measured, second: Measured) -> Iterator[Ratio]:
                 _resampled(some[a.scope], partial(_quantile, quantile=quantile), seed)
                 for seed, some in enumerate(series)
             ]
-            yield _ratio(f"{a.scope}, {name}", "ms", a.measured_on, values, draws)
+            spread = _spread("spread_p90", first, second)
+            yield _ratio(f"{a.scope}, {name}", "ms", a.measured_on, values, draws, spread)
     for a_rate, b_rate in zip(one.throughput_modes, other.throughput_modes, strict=True):
         draws = [
             _resampled(_gaps(m.samples, a_rate.scope), lambda part: 1 / float(part.mean()), seed)
             for seed, m in enumerate((first, second))
         ]
         values = a_rate.value, b_rate.value
-        yield _ratio(a_rate.scope, a_rate.unit, a_rate.measured_on, values, draws)
+        spread = _spread("spread_throughput", first, second)
+        yield _ratio(a_rate.scope, a_rate.unit, a_rate.measured_on, values, draws, spread)
 
 
 def _quantile(values: NDArray[np.float64], quantile: float) -> float:
@@ -177,12 +196,17 @@ def _quantile(values: NDArray[np.float64], quantile: float) -> float:
 
 
 def _ratio(
-    what: str, unit: str, on: str, values: tuple[float, float], draws: list[NDArray[np.float64]]
+    what: str,
+    unit: str,
+    on: str,
+    values: tuple[float, float],
+    draws: list[NDArray[np.float64]],
+    spread: float | None,
 ) -> Ratio:
     import numpy as np
 
     low, high = np.quantile(draws[1] / draws[0], (0.025, 0.975))
-    return Ratio(what, unit, on, *values, float(low), float(high))
+    return Ratio(what, unit, on, *values, float(low), float(high), spread)
 
 
 def _series(samples: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
@@ -232,7 +256,8 @@ def comparison_lines(first: Measured, second: Measured, ratios: list[Ratio]) -> 
     for row in ratios:
         yield (
             f"{row.what:<50} {row.first:10.3f} {row.second:10.3f} {row.unit:<8} ratio "
-            f"{row.ratio:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f}: {row.words}  "
+            f"{row.ratio:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f}, repeats within "
+            f"{'null' if row.spread is None else f'{100 * row.spread:.1f} %'}: {row.words}  "
             f"[{row.measured_on}]"
         )
     for remark in remarks(first, second):

@@ -81,8 +81,23 @@ def test_a_device_is_chosen_by_name(for_metis):
     result = bundle.kdbench("--device=metis-0:9:0")
     assert result.returncode == 6
     assert "no device 'metis-0:9:0'; there are metis-0:1:0" in result.stderr
-    found = bundle.measured("--device=metis-0:2:0", FAKE_DEVICES=2)
-    assert found["device"]["name"] == "metis-0:2:0"
+    for name in ("metis-0:2:0", "metis-0-2-0"):
+        found = bundle.measured(f"--device={name}", "--scenario=single-stream", FAKE_DEVICES=2)
+        assert found["device"]["name"] == "metis-0:2:0"
+
+
+def test_a_model_of_another_release_is_told_with_both_releases(for_metis):
+    bundle = for_metis()
+    bundle.edit("bundle.json", backend="voyager 1.7.0")
+    bundle.edit("model/model.json", axmodel=4)
+    assert bundle.measured(FAKE_RELEASE="1.7.0")["compiled_by"] == "voyager 1.7.0"
+    result = bundle.kdbench(FAKE_OLDEST=5, FAKE_RELEASE="1.8.0")
+    assert result.returncode == 1
+    assert (
+        "model/model.json does not load (compiled by voyager 1.7.0, here is axelera-rt 1.8.0: "
+        "compile again with this release, or install that one): InternalError: Unsupported model "
+        "version: 4.0, expected at least 5.0"
+    ) in result.stderr
 
 
 def test_a_missing_runtime_is_named(for_metis, tmp_path):

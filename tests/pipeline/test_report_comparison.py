@@ -59,11 +59,14 @@ def test_every_difference_is_listed(finished, reports):
     assert result.stdout == ""
 
 
-def test_an_emulation_is_not_compared_with_a_device(finished, reports):
-    _, folder = reports
+def as_if_from_a_device(folder, **changes):
     text = (folder / "report.json").read_text().replace("host-emulation", "device")
     (folder / "report.json").write_text(text.replace('"onnxruntime"', '"axelera"'))
-    edit(folder, "device", to={"name": "metis-0:1:0"})
+    edit(folder, "device", to={"name": "metis-0:1:0", "firmware_version": "1.6.2", **changes})
+
+
+def test_an_emulation_is_not_compared_with_a_device(finished, reports):
+    as_if_from_a_device(reports[1])
     result = compare(finished, "a", "b")
     assert result.returncode == 4
     assert "measured_on: host-emulation against device" in result.stderr
@@ -94,6 +97,43 @@ def test_a_slower_run_is_shown_as_slower(finished, reports):
     assert all("ratio 3.00" in row and "is higher" in row for row in rows[:-1])
     assert "ratio 0.33" in rows[-1]
     assert "is lower" in rows[-1]
+
+
+def test_what_may_explain_a_difference_is_noted(finished, reports):
+    for folder in reports:
+        as_if_from_a_device(folder)
+        edit(folder, "heat_before", "temperature_c", to=40.0)
+    notes = [line for line in compare(finished, "a", "b").stdout.splitlines() if "note: " in line]
+    assert [note for note in notes if "fewer than 3 repeats" not in note] == []
+    assert len(notes) == 2
+    as_if_from_a_device(reports[1], firmware_version="1.7.0")
+    edit(reports[1], "link", "width", to=2)
+    edit(reports[1], "link", "speed", to="2.5 GT/s PCIe")
+    for degrees, warned in ((45.0, False), (45.5, True), (34.0, True)):
+        edit(reports[1], "heat_before", "temperature_c", to=degrees)
+        result = compare(finished, "a", "b")
+        assert result.returncode == 0, result.stderr
+        assert "note: firmware: 1.6.2 against 1.7.0" in result.stdout
+        assert "note: PCIe width: None against 2" in result.stdout
+        assert "note: PCIe speed: None against 2.5 GT/s PCIe" in result.stdout
+        noted = f"note: start temperature: 40.0 C against {degrees} C" in result.stdout
+        assert noted == warned
+
+
+def test_a_difference_within_that_of_repeats_is_none(finished, reports):
+    def row():
+        lines = compare(finished, "a", "b").stdout.splitlines()
+        return next(line for line in lines if "single buffering" in line and " ratio " in line)
+
+    with np.load(reports[1] / "samples.npz") as archive:
+        samples = {**archive}
+    samples["offline_single_0_done_ns"] = samples["offline_single_0_done_ns"] * 2
+    np.savez(reports[1] / "samples.npz", **samples)
+    value = json.loads((reports[1] / "report.json").read_text())["measurement"]["throughput"]
+    edit(reports[1], "throughput_modes", 0, "value", to=value["value"] / 2)
+    assert "repeats within null: the second is lower" in row()
+    edit(reports[0], "stability", "spread_throughput", to=0.51)
+    assert "repeats within 51.0 %: no difference shown" in row()
 
 
 def test_what_is_no_report_is_named(finished, reports):

@@ -13,6 +13,8 @@ Environment, read at every call:
     FAKE_CLOCK         clock_profile in the device's configuration (800)
     FAKE_DELAY         how many runs later results arrive with double buffering (2, as documented)
     FAKE_CACHE         "1": an input that was seen before is answered from memory
+    FAKE_OLDEST        oldest format of a model that loads; model.json of the stand-in's own has it
+    FAKE_RELEASE       what the package says it is
     FAKE_HIDE          "1": onnxruntime, which this file itself uses, is not installed for others
 """
 
@@ -30,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-__version__ = "0-stand-in"
+__version__ = os.environ.get("FAKE_RELEASE", "0-stand-in")
 
 CORES = 4
 
@@ -145,7 +147,11 @@ class Model(_Object):
     def __init__(self, context: Context, path: Path) -> None:
         super().__init__(context)
         raw = json.loads((path.parent / "manifest.json").read_text())
-        json.loads(path.read_text())
+        found, oldest = json.loads(path.read_text()).get("axmodel", 5), _env("FAKE_OLDEST", 4)
+        if found < oldest:  # the words of release 1.8
+            raise InternalError(
+                f"Unsupported model version: {found}.0, expected at least {oldest}.0"
+            )
         self._tensors = {
             end: [
                 TensorInfo(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from axelera.compiler._release import RELEASE
 from axelera.compiler.exceptions import QtoolsError
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
@@ -216,7 +217,7 @@ def lower(model, cores):
         "input_tensor_layout": "NHWC",
     }
     files = {
-        "model.json": b'{"opaque": true}\n',
+        "model.json": json.dumps({"axmodel": 4 if RELEASE < (1, 8) else 5}).encode(),
         "manifest.json": json.dumps(manifest, indent=1).encode(),
         "quantized_model.json": json.dumps(model.parts["info"]).encode(),
         "core.onnx": core,
