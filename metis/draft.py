@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from metis.operator_graph import Node
+from metis.operator_graph import Node, reads
 from metis.operators import read_graph
 
 Array = NDArray[Any]
@@ -26,7 +26,8 @@ class Draft:
         self.graph = read_graph(model)
         self.nodes = list(self.model.graph.node)
         self._computed: dict[str, Array] = {}
-        self._names = {t.name for t in model.graph.initializer} | {
+        known = (*model.graph.input, *model.graph.initializer)
+        self._names = {value.name for value in known} | {
             name for node in model.graph.node for name in node.output
         }
 
@@ -42,7 +43,7 @@ class Draft:
         for node in reversed(self.nodes):
             if read.intersection(node.output):
                 alive.append(node)
-                read.update(_reads(node))
+                read.update(reads(node))
         kept = [tensor for tensor in graph.initializer if tensor.name in read]
         dropped = {tensor.name for tensor in graph.initializer} - read
         inputs = [value for value in graph.input if value.name not in dropped]
@@ -51,6 +52,10 @@ class Draft:
         graph.initializer.extend(kept)
         graph.input.extend(inputs)
         return self.model
+
+    def read_instead(self, old: str, new: str) -> None:
+        """Let every reader of one tensor read another, inside branches and loops too."""
+        _read_instead(self.nodes, old, new)
 
     def replace(self, node: onnx.NodeProto, *others: onnx.NodeProto) -> None:
         """Put nodes in the place of one."""
@@ -121,9 +126,10 @@ def open_plain(model: onnx.ModelProto) -> ort.InferenceSession:
     )
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node reads; branches and loops read more than their inputs."""
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            yield from _reads(inner)
+def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    for node in nodes:
+        for number, name in enumerate(node.input):
+            if name == old:
+                node.input[number] = new
+        for attribute in node.attribute:
+            _read_instead(attribute.g.node, old, new)

@@ -18,12 +18,16 @@ from numpy.typing import NDArray
 from onnx import helper, version_converter
 
 from metis.draft import Draft, open_plain, run_node
+from metis.operator_graph import constant_nodes
 from metis.operators import OPSETS, OperatorReport, check_model, read_graph
 from metis.rewrites import REWRITERS, fix_batch
 
 #: Largest difference of an output, as a share of its range (largest minus smallest value) over the
 #: inputs tried: some 80 times float32's precision.
 TOLERANCE = 1e-5
+
+#: Of ONNX's file format, the first with opset 17.
+_IR_VERSION = 8
 
 #: Random inputs of each proof.
 _RANDOM_INPUTS = 4
@@ -72,6 +76,11 @@ class Legalized:
     inputs_tried: int
     max_abs_difference: float  # of any output, between the first graph and the last
     note: str = ""  # why nothing was rewritten, or why the proofs show little
+
+    def refusal(self, what: str) -> str:
+        """Why Metis can't run `what`, in one line; empty when it can."""
+        words = self.report.refusal(what)
+        return f"{words}; {self.note}" if words and self.note and not self.rewrites else words
 
     def facts(self) -> list[dict[str, Any]]:
         """The rewrites as a manifest or a program reads them."""
@@ -257,13 +266,30 @@ def _convert_opset(work: _Work) -> str:
         return ""
     target = OPSETS[-1]
     try:
-        converted = version_converter.convert_version(work.model, target)
+        converted = version_converter.convert_version(_plain_constants(work.model), target)
+        # Before 4, initializers had to be inputs too; before 8, there was no opset 17.
+        converted.ir_version = max(converted.ir_version, _IR_VERSION)
         work.accept(converted, "opset", [("the graph", f"opset {version} -> {target}")])
     except RewriteError as error:
         return f"opset {version} can't be converted exactly: {error}"
     except Exception as error:  # the converter's own have no common kind  # noqa: BLE001
-        return f"opset {version} can't be converted: {_first_line(error)}"
+        # Before it, an assertion of C++: its file, line and condition.
+        words = _first_line(error).rpartition("failed: ")[2]
+        return f"opset {version} can't be converted: {words}"
     return ""
+
+
+def _plain_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose Constants hold tensors, the only form that the converter knows."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    for node in plain.graph.node:
+        if node.op_type == "Constant":
+            for name, tensor in constant_nodes([node]):
+                del node.attribute[:]
+                node.attribute.append(helper.make_attribute("value", tensor))
+                node.attribute[0].t.name = name
+    return plain
 
 
 def _with_note(report: OperatorReport, note: str) -> OperatorReport:

@@ -32,7 +32,7 @@ class Graph:
         inferred = onnx.shape_inference.infer_shapes(outline, data_prop=True).graph
         self.nodes = [node for node in inferred.node if node.op_type != "Constant"]
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._constants.update(_constant_nodes(inferred.node))
+        self._constants.update(constant_nodes(inferred.node))
         self.inputs = [v for v in inferred.input if v.name not in self._constants]
         self.outputs = {value.name for value in inferred.output}
         self._shapes = {name: tuple(t.dims) for name, t in self._constants.items()}
@@ -42,7 +42,7 @@ class Graph:
         self.maker = {name: node for node in self.nodes for name in node.output if name}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
-            for name in set(node.input) - {""}:  # an optional one that is left out
+            for name in reads(node):
                 self._readers.setdefault(name, []).append(node)
         self._fixed = self._fixed_tensors()
         # Tensors that only the host touches: before the chip's part of the graph, and after it.
@@ -87,12 +87,23 @@ class Graph:
             if self._is_listed(node):
                 continue
             if forward:
-                alone = all(n in found or n in ours or n in self._fixed for n in node.input if n)
+                alone = all(n in found or n in ours or n in self._fixed for n in reads(node))
             else:
                 alone = all(r.output[0] in found for n in node.output for r in self.readers(n))
             if alone:
                 found.update(node.output)
         return found
+
+
+def reads(node: onnx.NodeProto) -> set[str]:
+    """Tensors that a node takes; branches and loops take more than their inputs."""
+    names = set(node.input) - {""}  # an optional one that is left out
+    for attribute in node.attribute:
+        inner = attribute.g
+        made = {value.name for value in (*inner.input, *inner.initializer)}
+        made.update(name for within in inner.node for name in within.output)
+        names.update(name for within in inner.node for name in reads(within) - made)
+    return names
 
 
 def _dims(value: onnx.ValueInfoProto) -> Shape:
@@ -134,7 +145,8 @@ def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
     return outline
 
 
-def _constant_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
+def constant_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """What the Constants among some nodes make: its name, and its value."""
     for node in nodes:
         if node.op_type == "Constant":
             value, form = node.attribute[0], node.attribute[0].name
@@ -181,6 +193,11 @@ class Node:
     def value(self, number: int) -> Any:  # noqa: ANN401 - an array, or None
         """The value of a constant input."""
         return self.graph.constant(self.proto.input[number]) if self.has(number) else None
+
+    def integers(self, number: int) -> list[int]:
+        """The values of a constant input of whole numbers; none where it is no constant."""
+        value = self.value(number)
+        return [] if value is None else [int(one) for one in value.ravel()]
 
     def scalar(self, number: int) -> float | None:
         """The value of a constant input of one element."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import onnx
 
+from metis.hard_patterns import hard_pattern
 from metis.operator_graph import Node, UnknownShapeError
-from metis.operator_rules import RULES, Finding, in_its_place, is_dense, keeps_order, shifted_by_3
+from metis.operator_rules import RULES, Finding, in_its_place, is_dense, keeps_order
 
 #: Listed, but for places that no classifier of ours has: judged like those that are not listed.
 ELSEWHERE = {
@@ -28,26 +29,6 @@ def is_listed(node: onnx.NodeProto) -> bool:
     return node.domain in ("", "ai.onnx") and (node.op_type in RULES or _is_noop(node))
 
 
-def hard_pattern(node: Node) -> tuple[str, str] | None:
-    """A Div that ends clip(x + 3, 0, 6) / 6, or x clip(x + 3, 0, 6) / 6.
-
-    Returns:
-        The rewrite's name and that of the tensor x, or None.
-    """
-    numerator = node.maker(0) if node.scalar(1) == 6.0 else None
-    if numerator is None:
-        return None
-    shifted = shifted_by_3(numerator)
-    if shifted is not None:
-        return "hard sigmoid", shifted
-    if numerator.proto.op_type == "Mul":
-        for clip, x in ((0, 1), (1, 0)):
-            maker = numerator.maker(clip)
-            if maker is not None and shifted_by_3(maker) == numerator.proto.input[x]:
-                return "hard swish", numerator.proto.input[x]
-    return None
-
-
 def _global_pool(node: Node) -> str:
     """A mean over height and width; without them kept, a Flatten must be able to follow."""
     axes = node.attribute("axes") if node.attribute("axes") is not None else node.value(1)
@@ -56,19 +37,27 @@ def _global_pool(node: Node) -> str:
     return "global pool" if node.attribute("keepdims", 1) or in_its_place(node) else ""
 
 
+def _identity(node: Node) -> str:
+    """What hands on its input can go, unless both are outputs of the graph."""
+    source, made, graph = node.proto.input[0], node.proto.output[0], node.graph
+    is_needed = made in graph.outputs and (source in graph.outputs or source not in graph.maker)
+    return "" if is_needed else "identity"
+
+
 def _nothing_dropped(node: Node) -> str:
     masks = node.proto.output[1:]
     read = any(node.graph.readers(mask) or mask in node.graph.outputs for mask in masks)
-    return "identity" if not read and (not node.has(2) or node.scalar(2) == 0) else ""
+    drops = node.has(2) and node.scalar(2) != 0
+    return "" if read or drops else _identity(node)
 
 
 _RESCUES: dict[str, Callable[[Node], str]] = {
     "Div": lambda node: (hard_pattern(node) or ("",))[0],
     "Dropout": _nothing_dropped,
-    "Identity": lambda _: "identity",
+    "Identity": _identity,
     "MatMul": lambda node: "gemm" if is_dense(node) else "",
     "ReduceMean": _global_pool,
-    "Transpose": lambda node: "identity" if keeps_order(node) else "",
+    "Transpose": lambda node: _identity(node) if keeps_order(node) else "",
 }
 _ADVICE = {
     "ArgMax": "leave it to the host program",

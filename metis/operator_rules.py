@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from metis.hard_patterns import HAND_WRITTEN, hard_pattern, shifted_by_3
 from metis.operator_graph import Node, Shape
 
 #: Effective taps of a grouped or depthwise convolution must be fewer.
@@ -38,7 +39,8 @@ REWRITES = {
     "hard swish": "a HardSwish computes the same",
     "identity": "remove it",
     "operand shape": "reshape the constant to [1, C, 1, 1] or a scalar",
-    "resize roi": "drop the empty roi",
+    "reshape target": "write out the target shape",
+    "resize roi": "drop the roi that nobody reads",
     "slice per axis": "one Slice per axis",
     "storage order": "nobody reads the indices: set storage_order to 0",
 }
@@ -119,16 +121,6 @@ def _average_pool(node: Node) -> Findings:
         )
 
 
-def shifted_by_3(clip: Node) -> str | None:
-    """The x of a Clip(x + 3, 0, 6), or None."""
-    if clip.proto.op_type != "Clip" or (clip.scalar(1), clip.scalar(2)) != (0.0, 6.0):
-        return None
-    add = clip.maker(0)
-    if add is None or add.proto.op_type != "Add":
-        return None
-    return next((add.proto.input[1 - n] for n in (0, 1) if add.scalar(n) == 3.0), None)
-
-
 @_rule("Clip", "min 0 and max 6, or min -1 and max 1")
 def _clip(node: Node) -> Findings:
     bounds = [node.value(number) for number in (1, 2)]
@@ -140,11 +132,7 @@ def _clip(node: Node) -> Findings:
     elif (node.scalar(1), node.scalar(2)) not in ((0.0, 6.0), (-1.0, 1.0)):
         yield Finding("only Clip(0, 6) and Clip(-1, 1)", "use ReLU6 or Hardtanh")
     elif shifted_by_3(node) is not None:
-        yield Finding(
-            "a hand-written HardSigmoid or HardSwish aborted on the chip before SDK 1.8",
-            "use torch's Hardsigmoid or Hardswish",
-            doubt=True,
-        )
+        yield Finding(HAND_WRITTEN, "use torch's Hardsigmoid or Hardswish", doubt=True)
 
 
 @_rule("Concat", "inputs of rank 4; along channels, height or width")
@@ -302,6 +290,9 @@ def _mul(node: Node) -> Findings:
         yield Finding("both operands are the same tensor")
     elif not _two_activations(node):
         yield from _with_map(node, scalar_on_one_channel=True)
+    pattern = hard_pattern(node)
+    if pattern is not None:
+        yield Finding(HAND_WRITTEN, rewrite=pattern[0], doubt=True)
 
 
 @_rule("Sub", "rank 4 with a scalar or a [1, C, 1, 1]; not two activations of one shape")
@@ -312,7 +303,7 @@ def _sub(node: Node) -> Findings:
 @_rule("PRelu", "a slope of one element, or of one per channel")
 def _prelu(node: Node) -> Findings:
     slope = [size for size in node.shape(1) if size != 1]
-    if slope and slope != [node.shape(0)[1]]:
+    if slope and slope != list(node.shape(0)[1:2]):
         yield Finding(f"the slope has shape {list(node.shape(1))}")
 
 
@@ -337,24 +328,25 @@ def _pad(node: Node) -> Findings:
 
 @_rule("Reshape", "allowzero 0; a no-op, or to two dimensions: [N, C, ...] to [N, C] or [N, -1]")
 def _reshape(node: Node) -> Findings:
-    old, new, target = node.shape(), node.out, node.value(1)
+    old, new, target = node.shape(), node.out, node.integers(1)
     changes = f"{list(old)} to {list(new)}"
-    if node.attribute("allowzero", 0):
-        yield Finding("allowzero is 1")
-    if new == old:
-        return
-    if len(new) != 2 or len(old) < 2 or new[0] != old[0]:
-        yield Finding(changes)
-    elif new[1] != old[1]:
-        place = in_its_place(node)
-        if target is None or target[1] != -1:
-            yield Finding(changes, rewrite="flatten" if place else "")
-        else:
-            yield Finding(
-                f"{changes} passes as printed; the vendor's note is about [1, N, 1, 1] only",
-                REWRITES["flatten"] if place else "",
-                doubt=True,
-            )
+    rows = len(new) == 2 and len(old) > 1 and new[0] == old[0]
+    place = "flatten" if rows and in_its_place(node) else ""
+    # By the rule as printed the target itself is compared, so a 0 or -1 that means the same fails.
+    flat = [*old[:1], -1]
+    literal = target == list(old) or (rows and target in ([*new], flat))
+    if new == old or (rows and new[1] == old[1]):
+        if node.attribute("allowzero", 0) or not literal:
+            words = "allowzero is 1" if literal else f"the target is not written as {list(new)}"
+            yield Finding(words, rewrite="reshape target")
+    elif node.attribute("allowzero", 0) or target != flat or not rows:
+        yield Finding(changes, rewrite=place)
+    else:
+        yield Finding(
+            f"{changes} passes as printed; the vendor's note is about [1, N, 1, 1] only",
+            REWRITES[place] if place else "",
+            doubt=True,
+        )
 
 
 #: (mode, coordinate_transformation_mode, nearest_mode) that run; linear ignores the last.
@@ -379,7 +371,7 @@ def _resize(node: Node) -> Findings:
     old, new = node.shape(), node.out
     if node.has(1):
         roi = node.value(1)
-        unused = roi is not None and not roi.size and coordinates != "tf_crop_and_resize"
+        unused = roi is not None and coordinates != "tf_crop_and_resize"
         yield Finding("a roi is given", rewrite="resize roi" if unused else "")
     if (mode, coordinates, rounding) not in _RESIZES:
         cure = "use align_corners=False" if coordinates == "align_corners" else ""
@@ -414,12 +406,14 @@ def _slice(node: Node) -> Findings:
         return
     along = [int(a) % len(shape) for a in (range(starts.size) if axes is None else axes)]
     if axes is None or len(along) != 1:
-        yield Finding(f"it slices {len(along)} axes at once", rewrite="slice per axis")
+        rewrite = "slice per axis" if along else ""
+        yield Finding(f"it slices {len(along)} axes at once", rewrite=rewrite)
     for axis, step in zip(along, [1] * len(along) if steps is None else steps, strict=True):
         if axis != 1 and step != 1:
             yield Finding(f"step {step} along axis {axis}")
-        if axis != 1 and shape[1] % _CHANNEL_WORD:
-            yield Finding(f"along axis {axis} with {shape[1]} channels")
+        channels = shape[1] if len(shape) > 1 else 0
+        if axis != 1 and (channels % _CHANNEL_WORD or not channels):
+            yield Finding(f"along axis {axis} with {channels or 'no'} channels")
 
 
 @_rule("Split", "axis above 0; not the first operator")

@@ -36,7 +36,7 @@ class NodeReport:
     rule: str = ""  # as the vendor's page has it, in few words
     reason: str = ""  # how it breaks the rule, why it is on the host, or what is uncertain
     cure: str = ""
-    rewrites: tuple[str, ...] = ()  # names in REWRITES that bring it to the chip
+    rewrites: tuple[str, ...] = ()  # names in REWRITES that bring it to the chip, or end a doubt
     curable: bool = False  # it is refused, and `rewrites` make it pass
 
     def line(self) -> str:
@@ -85,10 +85,11 @@ class OperatorReport:
         return on_chip / self.macs if self.macs else 0.0
 
     def refusal(self, what: str) -> str:
-        """Why Metis can't run `what`, in one line; empty when it can, after exact rewrites."""
-        if not self.fatal:
+        """Why Metis can't run `what` as it is, in one line; empty when it can."""
+        refused = self.fatal or self.refused
+        if not refused:
             return ""
-        first, count = self.fatal[0], len(self.fatal)
+        first, count = refused[0], len(refused)
         return (
             f"Metis can't run {what}: "
             + (f"{count} nodes are refused, the first is " if count > 1 else "it refuses ")
@@ -140,6 +141,7 @@ def _report(node: Node) -> NodeReport:
     words = ELSEWHERE.get(proto.op_type, UNLISTED)
     cures = dict.fromkeys(REWRITES[f.rewrite] if f.rewrite else f.cure for f in findings)
     cured = bool(broken) and all(f.rewrite for f in broken)
+    asks = broken if cured else [] if broken else findings  # to a doubt a rewrite may help too
     return NodeReport(
         name=proto.name or proto.output[0],
         op_type=proto.op_type,
@@ -149,7 +151,7 @@ def _report(node: Node) -> NodeReport:
         rule=RULES[proto.op_type][0] if proto.op_type in RULES else words,
         reason="; ".join(f.reason for f in findings),
         cure="; ".join(cure for cure in cures if cure),
-        rewrites=tuple(dict.fromkeys(f.rewrite for f in broken)) if cured else (),
+        rewrites=tuple(dict.fromkeys(f.rewrite for f in asks if f.rewrite)),
         curable=verdict == "refused" and cured,
     )
 

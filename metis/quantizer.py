@@ -299,6 +299,8 @@ class _Writer:
 
     def _operand(self, name: str) -> str:
         """A constant operand of an element-wise operator gets a grid of its own."""
+        if f"{name}/codes" in self._initializers:  # another operator has it too
+            return f"{name}/int8"
         value = self._constants[name]
         if value.dtype != np.float32 or name in self._parameters:
             return self._keep(name, value)

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from metis.draft import Draft
-from metis.operator_rescues import hard_pattern
+from metis.hard_patterns import hard_pattern
 from metis.operator_rules import is_channelwise
 
 #: What was done, in words; None where the rewrite can't be done.
@@ -150,7 +150,7 @@ def _hard(draft: Draft, node: onnx.NodeProto) -> str | None:
     else:
         fused = helper.make_node("HardSigmoid", [x], node.output, node.name, alpha=1 / 6, beta=0.5)
     draft.replace(node, fused)
-    return f"Add, Clip, ..., Div -> {fused.op_type}"
+    return f"Add, Clip, ..., {node.op_type} -> {fused.op_type}"
 
 
 def _identity(draft: Draft, node: onnx.NodeProto) -> str | None:
@@ -160,20 +160,12 @@ def _identity(draft: Draft, node: onnx.NodeProto) -> str | None:
         maker = next((known for known in draft.nodes if source in known.output), None)
         if maker is None or source in outputs:
             return None
-        _rename(draft, source, made)
+        draft.read_instead(source, made)
         maker.output[list(maker.output).index(source)] = made
     else:
-        _rename(draft, made, source)
+        draft.read_instead(made, source)
     draft.replace(node)
     return f"{node.op_type} removed"
-
-
-def _rename(draft: Draft, old: str, new: str) -> None:
-    """Let every reader of one tensor read another."""
-    for node in draft.nodes:
-        for number, name in enumerate(node.input):
-            if name == old:
-                node.input[number] = new
 
 
 def _operand_shape(draft: Draft, node: onnx.NodeProto) -> str | None:
@@ -189,9 +181,16 @@ def _operand_shape(draft: Draft, node: onnx.NodeProto) -> str | None:
     return None
 
 
+def _reshape_target(draft: Draft, node: onnx.NodeProto) -> str:
+    shape, name = list(draft.view(node).out), node.input[1]
+    _set(node, "allowzero", None)
+    node.input[1] = draft.constant(f"{name}_written", np.array(shape, np.int64))
+    return f"the target is {shape}"
+
+
 def _resize_roi(draft: Draft, node: onnx.NodeProto) -> str:
     node.input[1] = ""
-    return "empty roi dropped"
+    return "roi dropped"
 
 
 def _slice_per_axis(draft: Draft, node: onnx.NodeProto) -> str:
@@ -240,6 +239,7 @@ REWRITERS: dict[str, Rewriter] = {
     "hard sigmoid": _hard,
     "hard swish": _hard,
     "operand shape": _operand_shape,
+    "reshape target": _reshape_target,
     "resize roi": _resize_roi,
     "slice per axis": _slice_per_axis,
     "storage order": _storage_order,

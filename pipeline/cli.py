@@ -475,7 +475,7 @@ def check(
     if target is not None:
         operator_check.write(legalized, target)
         _to_stderr(f"wrote {target}")
-    refusal = legalized.report.refusal(model)
+    refusal = legalized.refusal(model)
     if refusal:
         raise RefusedError(refusal)
 

@@ -85,7 +85,7 @@ def document(model: str, legalized: Legalized) -> dict[str, Any]:
     report = legalized.report
     return {
         "model": model,
-        "runs": not report.fatal,
+        "runs": not report.refused,
         "macs": report.macs,
         "share_on_chip": report.share_on_chip,
         "nodes": [asdict(node) for node in report.nodes],

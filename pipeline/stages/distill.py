@@ -115,10 +115,11 @@ def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, A
 
     path = job.scratch / "untrained.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = export_student(task.network(), task.given, path).report
-    if report.fatal and params.check_operators:
+    legalized = export_student(task.network(), task.given, path)
+    report, refusal = legalized.report, legalized.refusal(params.student)
+    if refusal and params.check_operators:
         raise InputError(
-            f"distill.student: {report.refusal(params.student)}"
+            f"distill.student: {refusal}"
             "; choose another network, or set distill.check_operators: false"
         )
     if params.quantization_aware.share:
@@ -128,7 +129,7 @@ def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, A
     return {
         "macs": report.macs,
         "share_on_chip": report.share_on_chip,
-        "refused": [f"{node.op_type} {node.name}: {node.reason}" for node in report.fatal],
+        "refused": [f"{node.op_type} {node.name}: {node.reason}" for node in report.refused],
     }
 
 

@@ -140,6 +140,10 @@ OTHERS = {
         [MAKE("Clip", ["h", "lo", "hi"], ["logits"])],
         {"lo": np.float32(-1), "hi": np.float32(1)},
     ),
+    "a constant of two operators": (
+        [MAKE("Mul", ["h", "c"], ["a"]), MAKE("Add", ["c", "a"], ["logits"])],
+        {"c": np.float32(0.7)},
+    ),
     "GlobalMaxPool": ([MAKE("GlobalMaxPool", ["h"], ["logits"])], {}),
     "Pad": (
         [MAKE("Pad", ["h", "pads"], ["logits"])],

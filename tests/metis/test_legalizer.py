@@ -29,10 +29,13 @@ CONSTANTS = {
     "one": np.array([2], np.float32),
     "three": np.array(3, np.float32),
     "six": np.array(6, np.float32),
+    "sixth": np.array(1 / 6, np.float32),
     "zero": np.array(0, np.float32),
     "double": np.array(6, np.float64),
     "to_row": np.array([1, 2048], np.int64),
-    "roi": np.zeros(0, np.float32),
+    "any_row": np.array([-1, 8], np.int64),
+    "same": np.array([1, 8, 16, 16], np.int64),
+    "roi": np.array([0, 0, 0, 0, 1, 1, 1, 1], np.float32),
     "twice": np.array([1, 1, 2, 2], np.float32),
     "starts": np.array([1, 2, 3], np.int64),
     "ends": np.array([30, 15, 9], np.int64),
@@ -152,6 +155,17 @@ CASES = [
         net(f"{HARD}  c = Mul(b, x)  d = Div(c, six)  y = Relu(d)"),
         ["HardSwish", "Relu"],
     ),
+    # As Keras writes it. Each operator keeps its rule, but the compiler has stumbled over it.
+    (
+        "hard swish",
+        net(f"{HARD}  c = Mul(x, b)  d = Mul(sixth, c)  y = Relu(d)"),
+        ["HardSwish", "Relu"],
+    ),
+    (
+        "hard sigmoid",
+        net(f"{HARD}  c = Mul(b, sixth)  y = Mul(x, c)"),
+        ["HardSigmoid", "Mul"],
+    ),
     ("identity", net("a = Relu(x)  b = Identity(a)  y = Sigmoid(b)"), ["Relu", "Sigmoid"]),
     ("identity", net("a = Relu(x)  b = Dropout(a)  y = Sigmoid(b)"), ["Relu", "Sigmoid"]),
     # Nothing else is in it, so the host could do it all.
@@ -168,6 +182,16 @@ CASES = [
     ),
     ("operand shape", net("y = Mul(x, scale)"), ["Mul"]),
     ("operand shape", net("y = Sub(one, x)"), ["Sub"]),
+    (
+        "reshape target",
+        net("a = GlobalAveragePool(x)  b = Reshape(a, any_row)  y = Gemm(b, dense)", y="1,3"),
+        ["GlobalAveragePool", "Reshape", "Gemm"],
+    ),
+    (
+        "reshape target",
+        net("a = Relu(x)  b = Reshape <allowzero = 1> (a, same)  y = Relu(b)"),
+        ["Relu", "Reshape", "Relu"],
+    ),
     (
         "resize roi",
         net('y = Resize <mode = "linear"> (x, roi, twice)', y="1,8,32,32"),

@@ -110,7 +110,7 @@ PASSES = [
     one("Relu", X),
     one("Reshape", X, ints(1, 8, 16, 16)),
     one("Reshape", GATE, ints(1, -1)),
-    one("Reshape", GATE, ints(0, 8)),
+    one("Reshape", GATE, ints(1, 8)),
     one("Resize", X, "", TWICE, **LINEAR),
     one("Resize", X, "", TWICE, **NEAREST),
     # 16 to 33 is one pixel more than twice.
@@ -172,6 +172,7 @@ BREAKS = [
     (one("MaxPool", X, kernel_shape=[3, 3], storage_order=1), "storage_order", "storage order"),
     (one("MaxPool", X, kernel_shape=[3, 3], storage_order=1, outputs=2), "storage_order", ""),
     (one("PRelu", X, weights(8, 16, 16)), "slope", ""),
+    (one("PRelu", (8,), weights(8)), "slope", ""),
     (one("Pad", X, ints(0, 0, 1, 1, 0, 3, 1, 1)), "channels by 0 and 3", ""),
     (one("Pad", X, ints(1, 0, 0, 0, 0, 0, 0, 0)), "batch", ""),
     (one("Pad", X, ints(0, 0, 1, 1, 0, 0, 1, 1), mode="edge"), "mode is edge", ""),
@@ -179,7 +180,12 @@ BREAKS = [
     (one("Reshape", X, ints(1, 8, 256)), "[1, 8, 256]", ""),
     (one("Reshape", X, ints(8, 256)), "[8, 256]", ""),
     (one("Reshape", X, ints(1, 2048)), "[1, 2048]", "flatten"),
-    (one("Reshape", GATE, ints(1, 8), allowzero=1), "allowzero", ""),
+    (one("Reshape", GATE, ints(1, 8), allowzero=1), "allowzero", "reshape target"),
+    # The rule compares the target as it is written: what means the same must be written out.
+    (one("Reshape", GATE, ints(0, 8)), "not written as [1, 8]", "reshape target"),
+    (one("Reshape", GATE, ints(-1, 8)), "not written as [1, 8]", "reshape target"),
+    (one("Reshape", X, ints(0, 0, 16, -1)), "written as [1, 8, 16, 16]", "reshape target"),
+    (one("Reshape", X, ints(0, -1)), "[1, 2048]", "flatten"),
     (
         one("Resize", X, "", TWICE, mode="linear", coordinate_transformation_mode="align_corners"),
         "align_corners",
@@ -191,11 +197,14 @@ BREAKS = [
     (one("Resize", X, "", floats(1, 1, 2, 4), **LINEAR), "factors differ", ""),
     (one("Resize", X, "", floats(1, 1, 0.5, 0.5), **NEAREST), "16x16 to 8x8", ""),
     (one("Resize", X, floats(), TWICE, **LINEAR), "roi", "resize roi"),
+    (one("Resize", X, floats(*[0] * 4, *[1] * 4), TWICE, **NEAREST), "roi", "resize roi"),
     (one("Selu", X, alpha=1.0), "alpha 1", ""),
     (one("Slice", X, ints(0), ints(4), ints(2)), "8 channels", ""),
     (one("Slice", X64, ints(0), ints(8), ints(2), ints(2)), "step 2", ""),
     (one("Slice", X64, ints(0, 0), ints(8, 8), ints(2, 3)), "2 axes", "slice per axis"),
     (one("Slice", X, ints(0, 0), ints(8, 8), ints(2, 3)), "8 channels", ""),
+    (one("Slice", (8,), ints(0), ints(4), ints(0)), "no channels", ""),
+    (one("Slice", X, ints(), ints(), ints()), "0 axes", ""),
     (one("Split", X, axis=1, outputs=2), "first operator", ""),
 ]
 
@@ -339,6 +348,12 @@ CURES = [
         "",
     ),
     (f"{{ {CONSTANTS} {HARD}  c = Div(b, three)  y = Relu(c) }}", "Div", ""),
+    # Clip(x + 3, 0, 6) times something else than x is no HardSwish.
+    (
+        f"{{ {CONSTANTS} {HARD}  z = Tanh(x)  c = Mul(z, b)  d = Div(c, six)  y = Relu(d) }}",
+        "Div",
+        "",
+    ),
     (f"{{ {CONSTANTS} a = Clip(x, zero, six)  c = Div(a, six)  y = Relu(c) }}", "Div", ""),
 ]
 

@@ -159,6 +159,16 @@ def test_wrong_words_and_unreadable_files(tmp_path):
     assert "exists; choose another name" in result.stderr
 
 
+@pytest.mark.slow
+def test_a_network_that_torch_can_not_write_leaves_standard_output_alone():
+    """Torch prints the graph that it failed on, 40 KB, from C++."""
+    result = kdpipe("check", "vgg11", "--size", "64", "--json")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: torch can't write the network as ONNX: Unsupported")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_network_that_does_not_take_the_input_is_refused():
     result = kdpipe("check", "inception_v3", "--size", "32")
     assert result.returncode == 2
