@@ -176,6 +176,7 @@ def run(
     stages = load_stages()
     selected = _select(tuple(stages), only, first, last)
     settings = load_config(config, stages, changes=changes, run=run_name)
+    allowed = _allowed(allow, [name for stage in stages.values() for name in stage.gate_names])
     if dry_run:
         _dry_run(RunState(settings, stages), selected, force, as_json)
         return
@@ -184,7 +185,7 @@ def run(
         return
     runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
     with leading(settings.folder):
-        ran = runner.run(selected, force=force, allow=_allowed(allow))
+        ran = runner.run(selected, force=force, allow=allowed)
     report = runner.state.artifact("benchmark_report")
     shown = None
     if report and "benchmark" in selected:
@@ -661,12 +662,14 @@ def _known(stage: str, order: tuple[str, ...]) -> None:
         raise ConfigError(f"there is no stage {stage!r}{nearest(stage, order)}")
 
 
-def _allowed(words: Sequence[str]) -> dict[str, str]:
+def _allowed(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     result = {}
     for word in words:
         match = re.fullmatch(r"gate=([A-Za-z0-9_]+)(?::(.*))?", word)
         if match is None:
             raise ConfigError(f"--allow {word!r}: write gate=NAME or gate=NAME:WHY")
+        if match[1] not in known:
+            raise ConfigError(f"--allow: there is no gate {match[1]!r}{nearest(match[1], known)}")
         result[match[1]] = match[2] or ""
     return result
 

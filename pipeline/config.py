@@ -7,7 +7,16 @@ import os
 import re
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 
@@ -17,6 +26,9 @@ if TYPE_CHECKING:
     from pipeline.stage import Stage
 
 DEFAULT_CONFIG = "kdpipe.yaml"
+
+#: What the generators of numpy and torch take alike.
+_Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
 class ConfigError(ValueError):
@@ -73,7 +85,7 @@ def load_config(
     for stage, section in sections.items():
         _refuse_unknown(section, stages[stage].params, stage, name)
     run_name = _run_name(run if run is not None else tree.get("run", "default"), name)
-    seed = _convert(tree.get("seed", 0), int, "seed", name)
+    seed = _convert(tree.get("seed", 0), _Seed, "seed", name)
     params = {
         stage: _convert(section, stages[stage].params, stage, name)
         for stage, section in sections.items()
@@ -230,5 +242,20 @@ def _convert(value: Any, kind: Any, where: str, file: str) -> Any:  # noqa: ANN4
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at ")
-        place = where + path.strip("`").removeprefix("$")
-        raise ConfigError(f"{file}: {place}: {what[0].lower()}{what[1:]}") from error
+        place = path.strip("`").removeprefix("$")
+        cure = ""
+        if word := re.fullmatch(r"Invalid enum value '(.*)'", what):
+            cure = nearest(word[1], _choices(kind, place))
+        raise ConfigError(f"{file}: {where}{place}: {what[0].lower()}{what[1:]}{cure}") from error
+
+
+def _choices(kind: Any, place: str) -> list[str]:  # noqa: ANN401 - types at run time
+    """The words that may stand at a place such as `.teachers[0].zscore` of a type."""
+    for key, _ in re.findall(r"\.(\w+)|(\[)", place):
+        for option in _options(kind):
+            if key and is_dataclass(option):
+                kind = get_type_hints(option)[key]
+            elif not key and get_origin(option) in (list, tuple, dict):
+                kind = get_args(option)[-1 if get_origin(option) is dict else 0]
+    words = (get_args(option) for option in _options(kind) if get_origin(option) is Literal)
+    return [str(word) for some in words for word in some]

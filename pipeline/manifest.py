@@ -143,6 +143,8 @@ def load_manifest(folder: Path) -> Manifest | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ManifestError(f"{path} can't be read: {error.strerror}") from error
     try:
         schema = msgspec.json.decode(data, type=dict[str, Any]).get("schema")
         if schema != SCHEMA:

@@ -123,6 +123,7 @@ class Runner:
             states[name].state != "fresh" or self._rejudged(name, allow) for name in selected
         ):
             self._check_ready([n for n in selected if force or states[n].state != "fresh"])
+            self.require_inputs(selected[0])
             return self._run_locked(selected, force, allow)
         for name in selected:  # nothing to do takes no lock and writes nothing
             self._echo(f"{name:<10} fresh    {states[name].reason}")

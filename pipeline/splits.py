@@ -108,6 +108,8 @@ def _rows(
     count = source.count
     if indices is not None:
         return _listed_rows(name, indices, count)
+    if not count:
+        raise InputError(f"data.{name}: {source.path.name} has no patches")
     start, stop = params.rows or (0, count)
     if not 0 <= start < stop <= count:
         raise InputError(

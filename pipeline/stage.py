@@ -101,6 +101,7 @@ class Stage(Generic[P]):
     run: Callable[[Job, P], Facts]
     sources: Callable[[P, Path], dict[str, Path]] = lambda params, root: {}
     gates: Callable[[P, Facts], list[Gate]] = lambda params, facts: []
+    gate_names: tuple[str, ...] = ()  # of all that `gates` may give
     ready: Callable[[P], None] = lambda params: None  # raises at once what would fail hours later
     #: Distributions whose versions change the outputs; with their versions where those are not the
     #: ones installed beside kdpipe.

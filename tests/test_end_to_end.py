@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import binom
 
 from pipeline.manifest import folder_files
+from pipeline.stage import load_stages
 
 
 def test_a_run_makes_every_artifact_and_a_second_one_changes_nothing(finished):
@@ -21,6 +22,11 @@ def test_a_run_makes_every_artifact_and_a_second_one_changes_nothing(finished):
     assert again.returncode == 0
     assert again.stderr.count(" fresh ") == 5
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder_files(runs)} == before
+
+
+def test_every_gate_that_judges_is_one_that_can_be_named(finished):
+    judged = {name: set(record["gate"]) for name, record in finished.manifest["stages"].items()}
+    assert judged == {name: set(stage.gate_names) for name, stage in load_stages().items()}
 
 
 def test_the_contract_is_carried_byte_for_byte(finished):

@@ -8,11 +8,11 @@ import pytest
 from tiny_project import make_patches, make_teacher
 
 
-def overwrite(project, **arrays):
-    """Replace arrays of train.npz."""
-    with np.load(project.root / "train.npz") as archive:
+def overwrite(project, file="train.npz", **arrays):
+    """Replace arrays of an archive."""
+    with np.load(project.root / file) as archive:
         merged = {**archive, **arrays}
-    np.savez(project.root / "train.npz", **merged)
+    np.savez(project.root / file, **merged)
 
 
 def truncate(path):
@@ -45,6 +45,12 @@ def teacher(project, **options):
     path = project.root / "teachers" / "dense_a.onnx"
     make_teacher(path, options.pop("bands", (0, 1, 2)), project.contract, **options)
     return path
+
+
+def weights_alone(project):
+    path = project.root / "teachers" / "dense_a.onnx"
+    path.rename(path.with_suffix(".pth"))
+    project.edit("ingest", "teachers", 0, "path", to="teachers/dense_a.pth")
 
 
 def outside_data(project):
@@ -154,6 +160,21 @@ MISTAKES = {
         3,
         "train.npz: 'images' must be numbers of shape (patches, height, width, bands)",
     ),
+    "no patches": (
+        lambda p: overwrite(p, images=np.zeros((0, 4, 4, 4)), labels=np.zeros(0, np.int64)),
+        3,
+        "data.train: train.npz has no patches",
+    ),
+    "test split with fewer bands": (
+        lambda p: overwrite(p, "test.npz", images=make_patches(90, seed=2)[0][..., :3]),
+        3,
+        "test.npz: modality 'optical' has 3 bands, but train.npz has 4",
+    ),
+    "a file where the runs should be": (
+        lambda p: (p.root / "runs").write_text(""),
+        3,
+        "runs/tiny/manifest.json can't be read: Not a directory",
+    ),
     "rows beyond the end": (
         lambda p: p.edit("ingest", "data", "test", "rows", to=[0, 91]),
         3,
@@ -179,6 +200,11 @@ MISTAKES = {
         lambda p: p.edit("ingest", "teachers", 0, "path", to="teachers/cnn_*.onnx"),
         3,
         "ingest.teachers[0].path: no file matches 'teachers/cnn_*.onnx'",
+    ),
+    "teacher that is weights alone": (
+        weights_alone,
+        3,
+        "ingest.teachers[0]: teachers/dense_a.pth holds weights without their network; name it",
     ),
     "teacher truncated": (
         lambda p: truncate(p.root / "teachers" / "dense_a.onnx"),
@@ -280,7 +306,12 @@ LATER_MISTAKES = {
         "calibrate.samples is 500, but the training split has only 180 different images",
     ),
     "no SDK": (["run", "--set", "compile.backend=voyager"], 5, "Voyager SDK is not installed"),
-    "a gate's name misspelt": (["run", "--allow", "int8_loss"], 2, "write gate=NAME"),
+    "a gate without its word": (["run", "--allow", "int8_loss"], 2, "write gate=NAME"),
+    "a gate's name misspelt": (
+        ["run", "--allow", "gate=int8los:why"],
+        2,
+        "there is no gate 'int8los'; did you mean 'int8_loss'?",
+    ),
     "a stage whose input is stale": (
         ["run", "--stage", "compile", "--set", "calibrate.samples=31"],
         3,

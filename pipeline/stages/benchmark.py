@@ -232,5 +232,6 @@ STAGE = Stage(
     params=BenchmarkParams,
     run=run,
     gates=gates,
+    gate_names=("parity", "verdict"),
     tools=lambda params: ("onnxruntime", "axelera-rt"),
 )

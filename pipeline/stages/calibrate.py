@@ -304,6 +304,7 @@ STAGE = Stage(
     run=run,
     sources=sources,
     gates=gates,
+    gate_names=("int8_loss",),
     ready=ready,
     tools=lambda params: backend_tools(str(params.backend)),
     code_version=2,

@@ -218,6 +218,7 @@ STAGE = Stage(
     params=CompileParams,
     run=run,
     gates=gates,
+    gate_names=("device_constants",),
     ready=lambda params: require_backend(params.backend),
     tools=lambda params: backend_tools(params.backend),
 )

@@ -220,6 +220,7 @@ STAGE = Stage(
     run=run,
     sources=sources,
     gates=gates,
+    gate_names=("export",),
     ready=ready,
     tools=lambda params: ("torch", "timm", "onnxsim"),
     code_version=3,

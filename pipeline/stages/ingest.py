@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 FEW_LEVELS = 48
 LOW_SQNR_DB = 30.0
 
+#: Endings of files that hold weights and no graph.
+WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
+
 
 @dataclass(frozen=True)
 class StudentParams:
@@ -103,6 +106,11 @@ def ready(params: IngestParams) -> None:
             raise InputError(f"ingest.teachers[{i}].path is missing: name the teacher's ONNX file")
         if teacher.timm is not None:
             require_extra("train", "torch", "timm")
+        elif teacher.path and teacher.path.endswith(WEIGHTS):
+            raise InputError(
+                f"ingest.teachers[{i}]: {teacher.path} holds weights without their network; name "
+                "it with timm: NAME, or export the teacher to ONNX"
+            )
     student = params.student
     if student.device_resize == "device" and student.interpolation == "nearest":
         raise InputError(
@@ -213,6 +221,7 @@ def _opened(
 
     splits = open_splits(params.data, job.sources, contract.labels, job.seed)
     _check_sizes(params, splits["train"])
+    _check_band_counts(params, splits)
     teachers, threads = _open_teachers(job, params, contract, splits["train"])
     return _cached(job, params, splits), teachers, threads
 
@@ -226,6 +235,19 @@ def _check_sizes(params: IngestParams, train: Split) -> None:
             + ", ".join(f"{m} {h}x{w}" for m, (h, w) in sizes.items())
             + "); set views.count: 1"
         )
+
+
+def _check_band_counts(params: IngestParams, splits: dict[str, Split]) -> None:
+    """All splits have the bands of train: mu and sigma have one entry for each."""
+    train = splits["train"].source
+    for modality in _seen_bands(params):
+        for source in (split.source for split in splits.values()):
+            found, wanted = (s.shape(modality)[2] for s in (source, train))
+            if found != wanted:
+                raise InputError(
+                    f"{source.path.name}: modality {modality!r} has {found} bands, but "
+                    f"{train.path.name} has {wanted}"
+                )
 
 
 def _check_labels_file(job: Job, contract: Contract) -> None:

@@ -80,7 +80,19 @@ def test_the_interpreter_of_the_sdk_is_relative_to_the_config_and_told_to_everyb
         ("distill: {temperature: 0}", r"distill\.temperature: expected `float` > 0"),
         ("distill: {hard_weight: -1}", r"distill\.hard_weight: expected `float` >= 0"),
         ("compile: {aipu_cores: 5}", r"compile\.aipu_cores: expected `int` <= 4"),
-        ("compile: {backend: gpu}", r"compile\.backend: invalid enum value 'gpu'"),
+        (
+            "compile: {backend: voyageur}",
+            r"compile\.backend: invalid enum value 'voyageur'; did you mean 'voyager'\?",
+        ),
+        (
+            "ingest: {teachers: [{bands: [0], zscore: no}]}",
+            r"ingest\.teachers\[0\]\.zscore: expected `str`, got `bool`",
+        ),
+        (
+            "ingest: {teachers: [{bands: [0], zscore: grap}]}",
+            r"ingest\.teachers\[0\]\.zscore: invalid enum value 'grap'; did you mean 'graph'\?",
+        ),
+        ("seed: -1", r"seed: expected `int` >= 0"),
         ("calibrate: {samples: 3000}", r"calibrate\.samples: expected `int` <= 2000"),
         ("seed: soon", r"seed: expected `int`, got `str`"),
         ("run: a/b", r"run is 'a/b'; a run's name has letters"),

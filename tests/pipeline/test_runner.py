@@ -242,6 +242,7 @@ def test_one_stage_refuses_inputs_that_are_missing_or_stale(bench):
     ) as r:
         bench.run("double")
     assert "read makes it:  kdpipe run --stage read" in str(r.value)
+    assert not bench.folder.exists()
     bench.run()
     bench.params["read"] = ReadParams(suffix="!")
     with pytest.raises(InputError, match="double needs 'contract', but read is stale: suffix was"):
