@@ -27,6 +27,8 @@ _NAMES = {
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
     "warmup_epochs": "warmup_epochs",
+    "scheduler": "schedule",
+    "lr_scheduler": "schedule",
     "lr_gamma": "lr_gamma",
     "lr_step_size": "lr_step_epochs",
     "label_smoothing": "label_smoothing",
@@ -76,6 +78,7 @@ def convert(
     switches = {n: v for n, v in given.items() if n.rpartition(".")[2].lower() in _SWITCHES}
     if any(value is False for value in switches.values()):
         section.update(hard_weight=1.0, soft_weight=0.0)
+        section.pop("feature_weight", None)
     return section, unknown
 
 

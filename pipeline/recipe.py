@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -158,12 +159,57 @@ def contradictions(params: DistillParams) -> list[tuple[bool, str]]:
             params.class_weights != "none" and params.sampling != "uniform",
             "class_weights and sampling both balance the classes; keep one",
         ),
+        (
+            params.loss == "dkd" and soft and not (params.target_weight or params.nontarget_weight),
+            "target_weight and nontarget_weight are both 0; nothing is left of loss dkd",
+        ),
+        (
+            params.loss == "dist" and soft and not (params.inter_weight or params.intra_weight),
+            "inter_weight and intra_weight are both 0; nothing is left of loss dist",
+        ),
+        (
+            bool(params.baselines) and not (soft or params.feature_weight),
+            "baselines compares with a student without teacher, and this one has none: soft_weight "
+            "and feature_weight are 0",
+        ),
+        (
+            params.num_nodes > 1 and not _in_a_job(),
+            "num_nodes is for torchrun or SLURM, started on every machine; nothing of theirs is in "
+            "the environment",
+        ),
+        *_without_effect(params),
         *_quantization_aware_contradictions(params),
         (
             params.warmup_epochs >= epochs and epochs > 1,
             "warmup_epochs leaves no epoch to train at the full learning rate",
         ),
     ]
+
+
+def _without_effect(params: DistillParams) -> list[tuple[bool, str]]:
+    """Keys that were given a value of their own although nobody looks at them."""
+    soft, schedule = params.soft_weight > 0, params.schedule
+    dkd, dist = soft and params.loss == "dkd", soft and params.loss == "dist"
+    looked_at = {
+        "temperature_end": (soft, "the soft loss, whose soft_weight is 0"),
+        "target_weight": (dkd, "loss dkd"),
+        "nontarget_weight": (dkd, "loss dkd"),
+        "inter_weight": (dist, "loss dist"),
+        "intra_weight": (dist, "loss dist"),
+        "lr_gamma": (schedule in ("step", "plateau"), "schedule step or plateau"),
+        "lr_step_epochs": (schedule == "step", "schedule step"),
+        "lr_patience": (schedule == "plateau", "schedule plateau"),
+        "class_weights": (params.hard_weight > 0, "the cross-entropy, whose hard_weight is 0"),
+    }
+    return [
+        (not used and getattr(params, f.name) != f.default, f"{f.name} is for {what} only")
+        for f in fields(params)
+        for used, what in [looked_at.get(f.name, (True, ""))]
+    ]
+
+
+def _in_a_job() -> bool:
+    return "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
 
 
 def _quantization_aware_contradictions(params: DistillParams) -> list[tuple[bool, str]]:

@@ -71,6 +71,11 @@ class Task:
     first_epoch: int = 0  # how many epochs of the order of samples lie behind it
 
     @property
+    def soft(self) -> bool:
+        """Whether anything but labels teaches; only then patches without labels are of use."""
+        return self.taught and bool(self.params.soft_weight or self.params.feature_weight)
+
+    @property
     def given(self) -> StudentInput:
         """The student's input."""
         return StudentInput.load(Path(self.student_input))
@@ -185,7 +190,7 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
     if params.gradient_checkpointing:
         checkpoint_gradients(student, params.student)
     teaching = Teaching(Path(task.teaching), Path(task.contract))
-    by_ensemble = task.taught and params.teacher == "ensemble"
+    by_ensemble = task.soft and params.teacher == "ensemble"
     best, last = _checkpoints(params, folder)
     resumed = _resume_point(folder / "checkpoints")
     with progress(f"train {params.student}", 1) as bar:
@@ -296,7 +301,7 @@ def untaught(params: DistillParams) -> DistillParams:
 def _splits(task: Task) -> dict[str, DatasetSplit]:
     folder = Path(task.dataset)
     names = ["train"]
-    if task.taught and task.params.teacher == "ensemble" and (folder / "unlabeled").exists():
+    if task.soft and (folder / "unlabeled").exists():
         names.append("unlabeled")
     return {name: DatasetSplit.load(folder / name) for name in names}
 
@@ -311,7 +316,7 @@ def _order(
     )
     steps = None
     unlabeled = Path(task.dataset) / "unlabeled"
-    if not task.taught and params.teacher == "ensemble" and unlabeled.exists():
+    if not task.soft and unlabeled.exists():
         whole = len(data) + len(DatasetSplit.load(unlabeled).labels)
         steps = max(1, whole // (params.batch_size * processes))
     return Order(

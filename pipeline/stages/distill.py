@@ -223,5 +223,5 @@ STAGE = Stage(
     gate_names=("export",),
     ready=ready,
     tools=lambda params: ("torch", "timm", "onnxsim"),
-    code_version=3,
+    code_version=4,
 )

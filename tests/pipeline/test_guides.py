@@ -23,7 +23,7 @@ DISTILLATION_ALPHA = 0.7
 
 YAML = """
 distillation: {temperature: 2.0, alpha: 0.7, feature_loss_weight: 0.1}
-training: {epochs: 30, lr: 3.0e-4, lr_step_size: 5}
+training: {epochs: 30, lr: 3.0e-4, scheduler: step, lr_step_size: 5}
 """
 
 
@@ -64,6 +64,7 @@ def test_the_command_prints_a_section_for_kdpipe_yaml_and_runs_nothing(tmp_path)
         "feature_weight": 0.1,
         "epochs": 30,
         "learning_rate": 3e-4,
+        "schedule": "step",
         "lr_step_epochs": 5,
     }
     (tmp_path / "evil.py").write_text("open('ran', 'w')\nALPHA = 3\n")

@@ -221,10 +221,22 @@ def test_unlabelled_patches_add_to_the_soft_loss_alone(tmp_path):
 
 
 def test_without_teacher_the_steps_stay_the_same_and_only_labelled_patches_are_seen(tmp_path):
-    taught = train(task(tmp_path / "a", unlabeled=300), quiet)
-    alone = train(task(tmp_path / "b", unlabeled=300, taught=False), quiet)
-    assert alone["steps"] == taught["steps"] == 4 * (390 // 16)
-    assert "soft_loss" not in alone["losses"]
+    given = {"unlabeled": 300, "epochs": 1}
+    taught = train(task(tmp_path / "a", **given), quiet)
+    alone = task(tmp_path / "b", **given, taught=False)
+    facts = train(alone, quiet)
+    assert facts["steps"] == taught["steps"] == 390 // 16
+    assert "soft_loss" not in facts["losses"]
+    # A teacher without weight is none: patches without labels would only be empty places.
+    weightless, _, _ = fit(tmp_path / "c", **given, hard_weight=1.0, soft_weight=0.0)
+    assert torch.equal(weights(weightless), weights(trained(alone)))
+
+
+@pytest.mark.parametrize("given", [{"teacher": "ema", "ema_decay": 0.5}, {"teacher": "mutual"}])
+def test_without_an_ensemble_patches_without_labels_teach_too(tmp_path, given):
+    _, facts, _ = fit(tmp_path, unlabeled=70, epochs=1, **given)
+    assert facts["steps"] == 160 // 16
+    assert facts["losses"]["soft_loss"] > 0
 
 
 def test_every_epoch_takes_its_view_of_images_and_answers_alike(tmp_path):

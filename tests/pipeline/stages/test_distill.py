@@ -51,6 +51,17 @@ GRID = QuantizationAwareParams(share=0.25)
         ({"loss": "dkd", "soft_weight": 0}, "loss dkd is a soft loss"),
         ({"label_smoothing": 0.1, "hard_weight": 0}, "label_smoothing changes the cross-entropy"),
         ({"class_weights": "balanced", "sampling": "balanced"}, "both balance the classes"),
+        ({"class_weights": "balanced", "hard_weight": 0}, "class_weights is for the cross-entropy"),
+        ({"temperature_end": 1, "soft_weight": 0}, "temperature_end is for the soft loss"),
+        ({"nontarget_weight": 2}, "nontarget_weight is for loss dkd only"),
+        ({"loss": "dkd", "intra_weight": 2}, "intra_weight is for loss dist only"),
+        ({"loss": "dkd", "target_weight": 0, "nontarget_weight": 0}, "nothing is left of loss dkd"),
+        ({"loss": "dist", "inter_weight": 0, "intra_weight": 0}, "nothing is left of loss dist"),
+        ({"lr_step_epochs": 3, "schedule": "plateau"}, "lr_step_epochs is for schedule step only"),
+        ({"lr_patience": 1}, "lr_patience is for schedule plateau only"),
+        ({"lr_gamma": 0.5}, "lr_gamma is for schedule step or plateau only"),
+        ({"baselines": ("no_teacher",), "soft_weight": 0}, "baselines compares with a student"),
+        ({"num_nodes": 2}, "num_nodes is for torchrun or SLURM"),
         ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs leaves no epoch"),
         (
             {"quantization_aware": QuantizationAwareParams(control=True)},
@@ -80,7 +91,9 @@ GRID = QuantizationAwareParams(share=0.25)
         ({"peer": "resnet81", "teacher": "mutual"}, "timm has no network 'resnet81'"),
     ],
 )
-def test_contradictions_are_refused(params, words):
+def test_contradictions_are_refused(params, words, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
     with pytest.raises(InputError, match=words):
         ready(DistillParams(**params))
 
