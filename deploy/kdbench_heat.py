@@ -51,11 +51,16 @@ def read_heat(device: str | None, configuration: dict[str, str]) -> dict[str, An
     return {"temperature_c": temperature, "power_w": power, "clocks": clocks, "reason": reason}
 
 
+def find_tool(name: str) -> str | None:
+    """A program of the SDK: on the path, or beside an interpreter that was started by its path."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
 def _ask(device: str | None) -> tuple[float | None, float | None, str]:
     """Degrees, watts, and why one of them is missing."""
     if device is None:
         return None, None, "no device: emulated on the host"
-    tool = shutil.which("axmonitor")
+    tool = find_tool("axmonitor")
     if tool is None:
         return None, None, "axmonitor is not installed"
     command = [tool, "--server-address", "127.0.0.1:5555", "--ui", "console", "-c", "print"]

@@ -1,16 +1,20 @@
-"""What can be read of the machine around a measurement; what can't is null, with the reason."""
+"""What can be read of the machine around a measurement; what can't is null, with the reason.
+
+Started as a program it prints what it finds of every Metis device, as JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
-import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kdbench_heat import THROTTLING_C
+from kdbench_heat import THROTTLING_C, find_tool, read_heat
 
 #: Axelera AI in the PCI vendor list.
 _VENDOR = "0x1f9d"
@@ -89,7 +93,7 @@ def _is_at(address: str, device: str) -> bool:
 
 def read_driver(device: str | None) -> str | None:
     """Release of the kernel driver, as the SDK's axversion tells it."""
-    tool = shutil.which("axversion")
+    tool = find_tool("axversion")
     if device is None or tool is None:
         return None
     try:
@@ -122,3 +126,28 @@ def machine_faults(
             "them (AXELERA_CONFIGURE_BOARD=0), and measure again"
         )
     return faults
+
+
+def describe_devices(sysfs: Path = Path("/sys")) -> list[dict[str, Any]]:
+    """Every device that the runtime lists: name, board, firmware, driver, link, heat.
+
+    Raises:
+        ImportError: there is no runtime.
+        Exception: of the runtime, when it can't list them; its errors have no common class.
+    """
+    with import_module("axelera.runtime").Context() as context:
+        return [
+            {
+                "name": info.name,
+                "board": str(getattr(info, "board_type", None)),
+                "firmware": str(getattr(info, "firmware_version", None)),
+                "driver": read_driver(info.name),
+                "link": read_link(info.name, sysfs),
+                "heat": read_heat(info.name, {}),
+            }
+            for info in context.list_devices()
+        ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe_devices()))

@@ -81,7 +81,7 @@ def assemble_bundle(
     (into / "preprocessing").mkdir()
     for module in sorted(package.glob("*.py")):
         shutil.copyfile(module, into / "preprocessing" / module.name)
-    for file in sorted(_deploy_folder().iterdir()):
+    for file in sorted(deploy_folder().iterdir()):
         if file.suffix in (".py", ".md"):
             shutil.copyfile(file, into / file.name)
     files = {
@@ -210,7 +210,7 @@ def pack_bundle(folder: Path, archive: Path) -> str:
     return sha256(archive.read_bytes()).hexdigest()
 
 
-def _deploy_folder() -> Path:
+def deploy_folder() -> Path:
     """The programs that travel: inside an installed wheel, or beside the packages in a checkout."""
     here = Path(__file__).resolve().parent
     for folder in (here / "_deploy", here.parent / "deploy"):

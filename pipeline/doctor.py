@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from metis.backend import BACKENDS, open_backend
-from metis.sdk_child import find_interpreter
+from metis.sdk_child import find_interpreter, python_with_runtime
+from pipeline.bundle import deploy_folder
 from pipeline.environment import DISTRIBUTIONS, describe_environment, installed
 
 
@@ -59,11 +62,46 @@ def _emulator() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
-    """Metis device nodes; SDK 1.8 writes their names with hyphens, earlier ones with colons."""
+    """Metis device nodes, whose names SDK 1.8 writes with hyphens; and what the runtime lists."""
     nodes = sorted(Path("/dev").glob("metis*"))
-    if not nodes:
-        return {"metis": "none found (no /dev/metis*: no card, or its driver is not loaded)"}
-    return {
-        node.name: "readable" if os.access(node, os.R_OK | os.W_OK) else "no permission"
+    found = {
+        f"/dev/{node.name}": "readable" if os.access(node, os.R_OK | os.W_OK) else "no permission"
         for node in nodes
     }
+    missing = {"metis": "none found (no /dev/metis*: no card, or its driver is not loaded)"}
+    return {**(found or missing), **_listed()}
+
+
+def _listed() -> dict[str, str]:
+    """Firmware, driver, link and heat of every device, from the interpreter with the runtime."""
+    if "axelera-rt" not in find_interpreter().versions:
+        return {"axelera.runtime": "not installed, so firmware, driver and link are not read"}
+    command = [python_with_runtime("axelera"), "-B", str(deploy_folder() / "kdbench_machine.py")]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        listed = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {"axelera.runtime": f"does not answer: {error}"}
+    if listed is None:
+        words = [line for line in result.stderr.splitlines() if line.strip()]
+        return {"axelera.runtime": f"lists no device: {words[-1] if words else 'it said nothing'}"}
+    if not listed:
+        return {"axelera.runtime": "lists no device"}
+    return {device["name"]: _described(device) for device in listed}
+
+
+def _described(device: dict[str, Any]) -> str:
+    """One line; what can't be read is null, with the reason."""
+    link, heat = device["link"], device["heat"]
+    width = f"PCIe x{link['width']} of x{link['max_width']} at {link['speed']}"
+    degrees, watts = heat["temperature_c"], heat["power_w"]
+    return ", ".join(
+        [
+            f"board {device['board']}",
+            f"firmware {device['firmware']}",
+            f"driver {device['driver'] or 'null (axversion --driver does not tell)'}",
+            width if link["width"] is not None else f"link null ({link['reason']})",
+            f"{degrees:g} C" if degrees is not None else f"temperature null ({heat['reason']})",
+            f"{watts:g} W" if watts is not None else f"power null ({heat['reason']})",
+        ]
+    )

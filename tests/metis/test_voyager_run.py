@@ -194,14 +194,27 @@ def commands_of(python):
     return "\n".join(found)
 
 
-def test_doctor_shows_what_the_sdks_interpreter_has(finished, sdk):
+def test_doctor_shows_what_the_sdks_interpreter_and_the_card_have(finished, sdk, monkeypatch):
     found = json.loads(finished.kdpipe("doctor", "--json").stdout)
     voyager = found["backends"]["voyager"]
     assert voyager.startswith("available: axelera-devkit 1.7.0, axelera-rt 1.7.0")
     assert "python 3" in voyager
     assert found["sdk"] == {"interpreter": str(sdk), "axkernelcc": "found"}
+    card = found["devices"]["metis-0:1:0"]
+    assert card.startswith("board unknown, firmware stand-in, driver 1.6.2, link null (")
+    assert card.endswith(
+        "temperature null (axmonitor did not answer: CalledProcessError), "
+        "power null (axmonitor did not answer: CalledProcessError)"
+    )
+    monkeypatch.setenv("FAKE_TEMPERATURE", "47")
+    monkeypatch.setenv("FAKE_DRIVERLESS", "1")
+    found = json.loads(finished.kdpipe("doctor", "--json").stdout)
+    assert found["devices"]["metis-0:1:0"].endswith("47 C, 7.5 W")
+    assert "driver null" in found["devices"]["metis-0:1:0"]
+    monkeypatch.setenv("FAKE_FAIL", "list")
     (sdk.parent / "axkernelcc").unlink()
     found = json.loads(finished.kdpipe("doctor", "--json").stdout)
+    assert "told to fail at list" in found["devices"]["axelera.runtime"]
     assert found["sdk"]["axkernelcc"] == "not found; compiling needs it"
 
 

@@ -8,7 +8,7 @@ does not hold the zero point, more cores than a chip has, an object whose parent
 Environment, read at every call:
     FAKE_DEVICES       how many devices there are (1)
     FAKE_BUSY          "1": another process holds the cores
-    FAKE_FAIL          "connect", "load", "instance" or "run": that call raises InternalError
+    FAKE_FAIL          "list", "connect", "load", "instance" or "run": InternalError at that call
     FAKE_LATENCY_MS    a run takes at least this long (0); with double buffering a fifth less
     FAKE_CLOCK         clock_profile in the device's configuration (800)
     FAKE_DELAY         how many runs later results arrive with double buffering (2, as documented)
@@ -119,6 +119,7 @@ class Context(_Object):
 
     def list_devices(self) -> list[DeviceInfo]:
         self._check()
+        _fail_if("list")
         return [DeviceInfo(f"metis-0:{n}:0") for n in range(1, _env("FAKE_DEVICES", 1) + 1)]
 
     def read_device_configuration(self, device: DeviceInfo) -> dict[str, str]:
