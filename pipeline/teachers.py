@@ -157,6 +157,31 @@ def open_teacher(
     return teacher
 
 
+def open_teachers(
+    wanted: Iterable[tuple[Path | None, TeacherParams, int]], contract: Contract
+) -> tuple[list[Teacher], Threads | None]:
+    """Open teachers on as many threads as are fastest for the first of them here and now.
+
+    Args:
+        wanted: file, description and number of bands in the data, as `open_teacher` takes them.
+        contract: statistics and classes.
+
+    Returns:
+        The teachers, and the threads of those in onnxruntime, if there are any.
+
+    Raises:
+        InputError, ContractError: see `open_teacher`.
+    """
+    teachers = []
+    threads: Threads | None = None
+    for path, params, bands_in_data in wanted:
+        teacher = open_teacher(path, params, contract, bands_in_data, threads)
+        if threads is None and (threads := choose_threads(teacher)):
+            teacher = open_teacher(path, params, contract, bands_in_data, threads)
+        teachers.append(teacher)
+    return teachers, threads
+
+
 def choose_threads(teacher: Teacher) -> Threads | None:
     """Measure how onnxruntime runs a teacher fastest on this machine; None for a torch teacher."""
     if teacher.opset is None:

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.ensemble import Rule, combine, to_logits
 from pipeline.labelling import picked, seen_bands
 from pipeline.sources import TeacherParams, ViewParams
-from pipeline.teachers import Teacher, open_teacher
+from pipeline.teachers import Teacher, open_teachers
 from pipeline.views import take_view
 from preprocessing.contract import load_contract
 
@@ -117,11 +117,11 @@ class Teaching:
 
     def _ask(self, split: str, indices: NDArray[np.int64], view: int) -> Answer:
         if self._teachers is None:
-            contract = load_contract(self._contract)
-            self._teachers = [
-                open_teacher(self._file(i), m.params, contract, m.bands_in_data)
+            wanted = [
+                (self._file(i), m.params, m.bands_in_data)
                 for i, m in enumerate(self.ensemble.members)
             ]
+            self._teachers, _ = open_teachers(wanted, load_contract(self._contract))
         bands = seen_bands(self._teachers)
         rows = self._array(f"{split}-rows")[indices]
         patches = {

@@ -141,6 +141,7 @@ def run(job: Job, params: IngestParams) -> Facts:
     """Check everything, then write images, labels and the ensemble's answers."""
     from pipeline.ask_teachers import teach  # onnxruntime
     from pipeline.splits import class_histogram  # numpy, h5py
+    from pipeline.survey import rows_elsewhere  # numpy
 
     contract = load_contract(job.sources["contract"])
     _check_labels_file(job, contract)
@@ -153,9 +154,13 @@ def run(job: Job, params: IngestParams) -> Facts:
 
     student, quality = _student_input(job, params.student, contract, statistics, splits["train"])
     facts = teach(job, params, contract, teachers, splits)
+    unfit = {"elsewhere": rows_elsewhere(surveys).tolist()}
     for name, split in splits.items():
         folder = job.outputs["test_set"] if name == "test" else job.outputs["dataset"] / name
-        _write_split(job, contract, student, split, folder)
+        outside = _write_split(job, contract, student, split, folder)
+        if name == "train":
+            unfit["outside"] = outside
+    job.outputs["unfit"].write_text(json.dumps(unfit) + "\n")
     shutil.copyfile(job.sources["contract"], job.outputs["contract"])
     job.outputs["labels"].write_text("".join(f"{label}\n" for label in contract.labels))
     job.outputs["student_input"].write_text(student.to_json())
@@ -272,10 +277,9 @@ def _open_teachers(
     job: Job, params: IngestParams, contract: Contract, train: Split
 ) -> tuple[list[Teacher], str]:
     """The teachers, and in words how onnxruntime shares the processor among its threads."""
-    from pipeline.teachers import choose_threads, open_teacher  # onnxruntime
+    from pipeline.teachers import open_teachers  # onnxruntime
 
-    teachers: list[Teacher] = []
-    threads = None
+    names, wanted = [], []
     for i, given in enumerate(params.teachers):
         key = f"teachers[{i}]"
         files: dict[str, Path | None] = {
@@ -285,17 +289,16 @@ def _open_teachers(
             files = {key: None}
         if not files:
             raise InputError(f"ingest.{key}.path: no file matches {given.path!r}")
-        for name, path in files.items():
-            bands_in_data = train.source.shape(given.modality)[2]
-            teacher = open_teacher(path, given, contract, bands_in_data, threads)
-            if threads is None and (threads := choose_threads(teacher)):
-                teacher = open_teacher(path, given, contract, bands_in_data, threads)
-            for file in teacher.files[1:]:
-                job.also_read(name, file)
-            teachers.append(teacher)
-    names = [teacher.name for teacher in teachers]
-    for name in names:
-        if names.count(name) > 1:
+        names += list(files)
+        bands_in_data = train.source.shape(given.modality)[2]
+        wanted += [(path, given, bands_in_data) for path in files.values()]
+    teachers, threads = open_teachers(wanted, contract)
+    for name, teacher in zip(names, teachers, strict=True):
+        for file in teacher.files[1:]:
+            job.also_read(name, file)
+    called = [teacher.name for teacher in teachers]
+    for name in called:
+        if called.count(name) > 1:
             raise InputError(f"two teachers are called {name}; rename one file")
     return teachers, str(threads or "torch's own threads")
 
@@ -522,13 +525,17 @@ def _fitted_ranges(
 
 def _write_split(
     job: Job, contract: Contract, student: StudentInput, split: Split, folder: Path
-) -> None:
-    """Store a split as the 8-bit images that the device receives, with labels and rows."""
+) -> list[int]:
+    """Store a split as the 8-bit images that the device receives, with labels and rows.
+
+    Returns:
+        Rows of patches of which the encoding cuts most values.
+    """
     import numpy as np
 
     from pipeline.prefetch import prefetched
     from pipeline.survey import BLOCK
-    from preprocessing.apply import encode
+    from preprocessing.apply import encode, share_outside
 
     folder.mkdir(parents=True)
     shape = (len(split), *student.patch_hw, len(student.bands))
@@ -544,11 +551,17 @@ def _write_split(
             (start, split.rows[start : start + BLOCK]) for start in range(0, len(split), BLOCK)
         )
     )
+    outside: list[int] = []
     with job.progress(f"images, {split.name}", len(split)) as bar:
         for start, patches in prefetched(reading):
-            images[start : start + len(patches)] = encode(patches, scaling, student)
+            encoded = encode(patches, scaling, student)
+            images[start : start + len(patches)] = encoded
+            ends = np.flatnonzero(np.isin(encoded, (0, 255)).mean(axis=(1, 2, 3)) > _MOST)
+            cut = ends[share_outside(patches[ends], scaling, student) > _MOST]
+            outside += split.rows[start + cut].tolist()
             bar.update(len(patches))
     images.flush()
+    return outside
 
 
 STAGE = Stage(
@@ -560,11 +573,12 @@ STAGE = Stage(
         "dataset": "dataset",
         "test_set": "test_set",
         "teaching": "teaching",
+        "unfit": "unfit_for_calibration.json",
     },
     params=IngestParams,
     run=run,
     sources=sources,
     ready=ready,
     tools=lambda params: ("onnxruntime",),
-    code_version=2,
+    code_version=3,
 )

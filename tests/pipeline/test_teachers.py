@@ -7,7 +7,7 @@ from tiny_project import MEANS, make_contract, make_patches, make_teacher
 
 from pipeline.sources import TeacherParams
 from pipeline.stage import InputError
-from pipeline.teachers import choose_threads, open_teacher
+from pipeline.teachers import choose_threads, open_teacher, open_teachers
 from preprocessing.contract import parse_contract
 
 
@@ -113,3 +113,7 @@ def test_threads_are_measured(tmp_path, patches, contract):
         threads = choose_threads(opened(tmp_path, patches, contract, **options))
         assert threads.count >= 1
         assert str(threads).endswith("spinning")
+    given = TeacherParams(path="teacher.onnx", bands=(0, 1, 2))
+    two, threads = open_teachers([(tmp_path / "teacher.onnx", given, 4)] * 2, contract)
+    assert threads.count >= 1
+    assert [teacher.name for teacher in two] == ["teacher"] * 2
