@@ -24,7 +24,7 @@ from typing import Any
 #: Metis throttles its matrix units from here on. Source: Voyager SDK 1.6, thermal guide.
 THROTTLING_C = 105.0
 
-#: axsystemserver looks at the card this often, whether anybody asks it or not.
+#: What axmonitor shows changes this often (Voyager SDK 1.6 to 1.8).
 INTERVAL_SECONDS = 1.0
 
 #: Fewer readings say nothing about a scenario.

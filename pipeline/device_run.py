@@ -49,7 +49,11 @@ class Elsewhere:
 
 
 def run_here(
-    bundle: Path, words: Sequence[str], samples: Path, python: str = sys.executable
+    bundle: Path,
+    words: Sequence[str],
+    samples: Path,
+    time_limit_s: float,
+    python: str = sys.executable,
 ) -> str:
     """Start the bundle's program as a user on the device would; return its last line.
 
@@ -57,17 +61,20 @@ def run_here(
         bundle: the bundle.
         words: of kdbench's command line.
         samples: file that gets every latency.
+        time_limit_s: seconds after which it is ended.
         python: that has the runtime.
 
     Raises:
         KdbenchError: it ended badly; its own words are in the message.
     """
     command = [python, str(bundle / "kdbench.py"), *words, f"--samples={samples}"]
-    status, out, err = _run(command, bundle)
+    status, out, err = _run(command, bundle, time_limit_s)
     return _last_line("kdbench.py", status, out, err)
 
 
-def run_there(there: Elsewhere, bundle: Path, words: Sequence[str], samples: Path) -> str:
+def run_there(
+    there: Elsewhere, bundle: Path, words: Sequence[str], samples: Path, time_limit_s: float
+) -> str:
     """Copy the bundle to the machine, start its program there, bring the samples back, clean up.
 
     Args:
@@ -75,6 +82,7 @@ def run_there(there: Elsewhere, bundle: Path, words: Sequence[str], samples: Pat
         bundle: the bundle.
         words: of kdbench's command line.
         samples: file that gets every latency.
+        time_limit_s: seconds after which the program is ended.
 
     Returns:
         The last line of kdbench.
@@ -85,7 +93,8 @@ def run_there(there: Elsewhere, bundle: Path, words: Sequence[str], samples: Pat
     folder = _ssh(there, "mktemp -d").decode().strip()
     try:
         _copy(there, bundle, folder)
-        status, out, err = _run(_ssh_command(there, _guarded(there, words, folder)), bundle)
+        command = _ssh_command(there, _guarded(there, words, folder))
+        status, out, err = _run(command, bundle, time_limit_s)
         if status == _NO_PROGRAM:
             raise KdbenchError(
                 f"{there.host} has no {there.python}; set benchmark.remote_python", 5
@@ -160,8 +169,12 @@ def _ssh_command(there: Elsewhere, line: str) -> list[str]:
     ]
 
 
-def _run(command: Sequence[str], folder: Path) -> tuple[int, str, str]:
-    """Run to the end, in a process group that ends with us; exit status, both outputs."""
+def _run(command: Sequence[str], folder: Path, time_limit_s: float) -> tuple[int, str, str]:
+    """Run to the end, in a process group that ends with us; exit status, both outputs.
+
+    Raises:
+        KdbenchError: 1 the time was over; a device that hangs never answers.
+    """
     # A bundle is what was written, no more: Python must not leave its caches in it.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     # Never written to: its end tells the other side that we are gone.
@@ -179,7 +192,15 @@ def _run(command: Sequence[str], folder: Path) -> tuple[int, str, str]:
             preexec_fn=_die_with_parent,
         ) as child:
             try:
-                out, err = child.communicate()
+                out, err = child.communicate(timeout=time_limit_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                log.info("kdbench was ended\n%s%s", *child.communicate())
+                raise KdbenchError(
+                    f"kdbench.py was ended after {time_limit_s:g} s without a result: the device "
+                    "hangs, or benchmark.time_limit is too short",
+                    1,
+                ) from None
             except BaseException:
                 os.killpg(child.pid, signal.SIGKILL)
                 raise

@@ -34,6 +34,7 @@ class BenchmarkParams:
     host: str = ""  # user@box that ssh reaches without a password; empty: this machine
     ssh_options: tuple[str, ...] = unkeyed_field(())  # words for ssh before the host
     remote_python: str = unkeyed_field("python3")  # with numpy and the runtime, on that host
+    time_limit: Annotated[float, Meta(gt=0)] = unkeyed_field(14_400.0)  # seconds, in all
     golden_samples: Annotated[int, Meta(ge=1)] = 32  # validation patches that prove the bundle
     max_png_levels: Annotated[float, Meta(ge=0)] = unkeyed_field(1.0)  # grey levels, when bilinear
     max_yaml_difference: Annotated[float, Meta(ge=0)] = unkeyed_field(1e-5)  # standard deviations
@@ -90,10 +91,11 @@ def run(job: Job, params: BenchmarkParams) -> Facts:
     samples = folder / "samples.npz"
     if params.host:
         there = Elsewhere(params.host, params.ssh_options, params.remote_python)
-        text = run_there(there, bundle, params.words, samples)
+        text = run_there(there, bundle, params.words, samples, params.time_limit)
     else:
         compiled = CompiledModel.load(job.inputs["compiled_model"])
-        text = run_here(bundle, params.words, samples, python_with_runtime(compiled.runtime))
+        python = python_with_runtime(compiled.runtime)
+        text = run_here(bundle, params.words, samples, params.time_limit, python)
     measurement = parse_measurement(text)
     write_report(_report(job, params, measurement, legs), samples, folder)
     return _facts(measurement, legs)

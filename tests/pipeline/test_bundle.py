@@ -79,3 +79,18 @@ def test_a_run_that_is_not_compiled_says_what_makes_it(project):
     assert "benchmark needs 'contract'" in result.stderr
     assert "kdpipe run --stage ingest" in result.stderr
     assert not (project.root / "box").exists()
+
+
+def test_a_benchmark_that_does_not_end_is_ended_and_its_words_are_kept(finished):
+    before = finished.manifest["artifacts"]["benchmark_report"]
+    result = finished.kdpipe(
+        "run", "--stage", "benchmark", "--force",
+        "--set=benchmark.min_seconds=60", "--set=benchmark.time_limit=2.5",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Error: kdbench.py was ended after 2.5 s without a result: the device hangs, or " in (
+        result.stderr
+    )
+    record = finished.manifest["stages"]["benchmark"]
+    assert "SingleStream, 60 s" in (finished.folder / record["log"]).read_text()
+    assert finished.manifest["artifacts"]["benchmark_report"] == before
