@@ -13,7 +13,7 @@ from pipeline.stage import InputError
 from preprocessing.apply import student_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from pipeline.splits import DatasetSplit
     from preprocessing.contract import StudentInput
 
-#: A patch of which more than this share lies at the ends of the encoding has lost its values.
-_SATURATED = 0.5
+#: What ingest finds unfit, by its keys in the artifact `unfit`: train's patches that ...
+UNFIT = {
+    "elsewhere": "are in val or test too",
+    "outside": "lie mostly outside the encoding's range",
+}
+_ONE_COLOR, _REPEATED = _OTHERS = "are one color all over", "repeat another"
 
 #: Rows that a warning lists.
 _SHOWN = 10
@@ -36,47 +40,25 @@ class Choice:
     """The calibration patches, and what was left out."""
 
     indices: NDArray[np.int64]  # into the training split, in the order in which they calibrate
-    duplicates: int  # patches left out because another is equal
-    constant_rows: list[int]  # rows of patches left out because every pixel is the same
+    left_out: Mapping[str, list[int]]  # why -> rows of the training split, ascending
 
-    def warnings(self, train: DatasetSplit, leaks: Iterable[Mapping[str, Any]]) -> list[str]:
-        """What a user should know about the chosen patches.
-
-        Args:
-            train: the training split.
-            leaks: as ingest recorded them.
-        """
-        words = []
-        if self.constant_rows:
-            words.append(
-                f"{len(self.constant_rows)} training patches are one color all over and were not "
-                f"taken for calibration: rows {_listed(self.constant_rows)}"
-            )
-        cut = [
-            int(train.rows[i])
-            for i in self.indices
-            if np.isin(train.images[i], (0, 255)).mean() > _SATURATED
+    def warnings(self) -> list[str]:
+        """What a user should know about the patches that were not taken."""
+        return [
+            f"{len(rows)} training patches {words} and were not taken for calibration: rows "
+            + ", ".join(map(str, rows[:_SHOWN]))
+            + (", ..." if len(rows) > _SHOWN else "")
+            for words, rows in self.left_out.items()
         ]
-        if cut:
-            words.append(
-                f"{len(cut)} calibration patches lie mostly outside the encoding's range (0 or "
-                f"255): rows {_listed(cut)}; see ingest.student.encoding"
-            )
-        chosen = set(train.rows[self.indices].tolist())
-        for leak in leaks:
-            if {leak["one"], leak["other"]} == {"train", "test"}:
-                side = 0 if leak["one"] == "train" else 1
-                rows = sorted(chosen & {pair[side] for pair in leak["pairs"]})
-                if rows:
-                    words.append(f"calibration patches that are in test too: rows {_listed(rows)}")
-        return words
 
 
-def _listed(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
-
-
-def choose_samples(train: DatasetSplit, count: int, classes: int, seed: int) -> Choice:
+def choose_samples(
+    train: DatasetSplit,
+    count: int,
+    classes: int,
+    seed: int,
+    unfit: Mapping[str, Collection[int]] | None = None,
+) -> Choice:
     """Draw training samples, every class in its share and no image twice, in a random fixed order.
 
     Args:
@@ -84,40 +66,45 @@ def choose_samples(train: DatasetSplit, count: int, classes: int, seed: int) -> 
         count: how many.
         classes: number of classes.
         seed: of the choice and the order.
+        unfit: by the keys of UNFIT, rows of the split that ingest found unfit.
 
     Raises:
         InputError: there are not as many different images.
     """
     random = np.random.default_rng(seed)
     seen: set[bytes] = set()
-    constant, duplicates = [], 0
+    refused = {row: UNFIT[why] for why, rows in (unfit or {}).items() for row in rows}
+    left_out: dict[str, list[int]] = {words: [] for words in (*UNFIT.values(), *_OTHERS)}
     queues: list[list[int]] = []
     for label in range(classes):
         members = random.permutation(np.flatnonzero(train.labels == label))
         queue = []
         for index in members.tolist():
             # The SDK's deploy script stops when two of the first images are the same.
-            image = train.images[index]
+            image, row = train.images[index], int(train.rows[index])
             content = image.tobytes()
-            if (image == image[0, 0]).all():
-                constant.append(int(train.rows[index]))
+            if row in refused:
+                left_out[refused[row]].append(row)
+            elif (image == image[0, 0]).all():
+                left_out[_ONE_COLOR].append(row)
             elif content in seen:
-                duplicates += 1
+                left_out[_REPEATED].append(row)
             else:
                 seen.add(content)
                 queue.append(index)
         queues.append(queue)
     total = sum(map(len, queues))
+    left_out = {words: sorted(rows) for words, rows in left_out.items() if rows}
     if total < count:
+        others = ", ".join(f"{len(rows)} {words}" for words, rows in left_out.items())
         raise InputError(
             f"calibrate.samples is {count}, but the training split has only {total} different "
-            f"images ({duplicates} are repeated, {len(constant)} are one color all over); "
-            "ask for fewer"
+            f"images that can calibrate{others and f' ({others})'}; ask for fewer"
         )
     shares = _shares([len(queue) for queue in queues], count)
     chosen = [index for queue, share in zip(queues, shares, strict=True) for index in queue[:share]]
     order = random.permutation(np.array(chosen, np.int64))
-    return Choice(order, duplicates, sorted(constant))
+    return Choice(order, left_out)
 
 
 def _shares(sizes: list[int], count: int) -> list[int]:
@@ -140,7 +127,8 @@ def write_samples(
     """Write samples.npy, float32 (N, 1, C, H, W), block by block; describe it.
 
     Returns:
-        Split, number, class histogram, rows in order, and the digest of the tensors' bytes.
+        Split, number, class histogram, how many patches were left out and why, rows in order, and
+        the digest of the tensors' bytes.
     """
     indices = choice.indices
     shape = (len(indices), 1, len(given.bands), *given.size_hw)
@@ -155,8 +143,7 @@ def write_samples(
         "split": "train",
         "samples": len(indices),
         "classes": class_histogram(train.labels[indices], classes),
-        "duplicates_left_out": choice.duplicates,
-        "constant_left_out": len(choice.constant_rows),
+        "left_out": {words: len(rows) for words, rows in choice.left_out.items()},
         "rows": train.rows[indices].tolist(),
         "sha256": digest.hexdigest(),
     }

@@ -166,6 +166,14 @@ def find_leaks(surveys: Mapping[str, Survey], shown: int = 5) -> list[Leak]:
     return leaks
 
 
+def rows_elsewhere(surveys: Mapping[str, Survey]) -> NDArray[np.int64]:
+    """Rows of train whose content is in val or test too, ascending; all of them."""
+    train = surveys["train"]
+    others = [surveys[name].hashes for name in ("val", "test") if name in surveys]
+    found: NDArray[np.int64] = np.sort(train.rows[np.isin(train.hashes, np.concatenate(others))])
+    return found
+
+
 @dataclass(frozen=True)
 class EncodingQuality:
     """How well an 8-bit encoding carries one band."""

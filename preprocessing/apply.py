@@ -6,6 +6,7 @@ larger than the batch, and rounds the same way on every machine.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -119,6 +120,22 @@ def encode(
     grey = _affine(patches, scaling, levels_per_unit, -lo * levels_per_unit)
     np.rint(grey, out=grey)
     return np.clip(grey, 0, GREY_MAX, out=grey).astype(np.uint8)
+
+
+def share_outside(
+    patches: NDArray[np.generic], scaling: Scaling, given: StudentInput
+) -> NDArray[np.float64]:
+    """Share of every patch's values that `encode` moves to an end, 0..1, (N,).
+
+    Half a grey level beyond an end is what rounding takes. For arguments see `encode`.
+    """
+    lo = np.array(given.grey_lo, np.float64)
+    levels_per_unit = GREY_MAX / (np.array(given.grey_hi, np.float64) - lo)
+    straight = replace(scaling, type="linear")  # what clip_linear cuts is outside too
+    grey = _affine(patches, straight, levels_per_unit, -lo * levels_per_unit)
+    outside = (grey < -0.5) | (grey > GREY_MAX + 0.5)
+    share: NDArray[np.float64] = outside.mean(axis=(1, 2, 3))
+    return share
 
 
 def device_image(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.uint8]:

@@ -106,8 +106,9 @@ def _write_set(job: Job, params: CalibrateParams, given: StudentInput) -> dict[s
 
     classes = len(load_contract(job.inputs["contract"]).labels)
     train = DatasetSplit.load(job.inputs["dataset"] / "train")
-    choice = choose_samples(train, params.samples, classes, job.seed)
-    for words in choice.warnings(train, job.facts["ingest"]["leaks"]):
+    unfit = json.loads(job.inputs["unfit"].read_text())
+    choice = choose_samples(train, params.samples, classes, job.seed, unfit)
+    for words in choice.warnings():
         job.warn(words)
     folder = job.outputs["calibration_set"]
     folder.mkdir()
@@ -251,7 +252,8 @@ def curve(
     given = StudentInput.load(inputs["student_input"])
     train, val = (DatasetSplit.load(inputs["dataset"] / name) for name in ("train", "val"))
     classes = len(load_contract(inputs["contract"]).labels)
-    indices = choose_samples(train, max(sizes), classes, seed).indices
+    unfit = json.loads(inputs["unfit"].read_text())
+    indices = choose_samples(train, max(sizes), classes, seed, unfit).indices
     val = val.spread(calibration.COMPARED)
     frames = student_tensor(val.images, given)
     exact = reference_logits(inputs["student"], frames)
@@ -293,7 +295,7 @@ def ready(params: CalibrateParams) -> None:
 
 
 STAGE = Stage(
-    inputs=("contract", "student_input", "dataset", "student"),
+    inputs=("contract", "student_input", "dataset", "unfit", "student"),
     outputs={
         "calibration_set": "calibration_set",
         "baked_student": "student_baked.onnx",

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 FEW_LEVELS = 48
 LOW_SQNR_DB = 30.0
 
+#: A patch of which the encoding cuts more than this share has lost its values.
+_MOST = 0.5
+
 #: Endings of files that hold weights and no graph.
 WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
 

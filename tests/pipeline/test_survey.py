@@ -6,7 +6,7 @@ from tiny_project import make_contract, make_patches
 
 from pipeline.datasets import open_npz
 from pipeline.splits import Split
-from pipeline.survey import BLOCK, encoding_quality, find_leaks, survey
+from pipeline.survey import BLOCK, encoding_quality, find_leaks, rows_elsewhere, survey
 from preprocessing.contract import parse_contract
 
 PATCHES, _ = make_patches(500, seed=0)
@@ -67,6 +67,17 @@ def test_the_same_patch_in_two_splits_is_reported_with_its_rows(tmp_path):
     assert (leak.one, leak.other, leak.count) == ("train", "test", 2)
     assert leak.pairs == ((10, 20), (400, 3))
     assert find_leaks({"train": surveys["train"]}) == []
+
+
+def test_every_row_that_is_in_another_split_is_listed_repeated_ones_too(tmp_path):
+    train = PATCHES[:60].copy()
+    train[50] = train[10]  # a copy of a copy is in test too
+    val, test = PATCHES[30:45], PATCHES[:20]
+    surveys = {
+        name: survey(split_of(tmp_path, patches, name), {"optical": [0, 1, 2, 3]}, CONTRACT)
+        for name, patches in (("train", train), ("val", val), ("test", test))
+    }
+    assert rows_elsewhere(surveys).tolist() == [*range(20), *range(30, 45), 50]
 
 
 def test_the_quality_of_an_encoding_by_hand():

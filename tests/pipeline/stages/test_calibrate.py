@@ -45,21 +45,23 @@ def test_a_patch_of_one_color_is_left_out_by_name():
     train.images[[4, 7]] = (9, 8, 7)
     choice = choose_samples(train, 50, 2, seed=0)
     assert not {4, 7} & set(choice.indices.tolist())
-    (words,) = choice.warnings(train, [])
+    (words,) = choice.warnings()
     assert words.startswith("2 training patches are one color all over")
     assert words.endswith("rows 4, 7")
 
 
-def test_patches_cut_by_the_encoding_and_patches_of_the_test_split_are_named():
+def test_patches_cut_by_the_encoding_and_patches_of_other_splits_are_left_out_by_name():
     train = split([30, 30])
-    train.images[5] = 255
-    train.images[5, 0, 0] = 3
-    choice = choose_samples(train, 60, 2, seed=0)
-    leak = {"one": "train", "other": "test", "pairs": [(11, 2), (12, 3)], "count": 2}
-    unrelated = {"one": "train", "other": "val", "pairs": [(20, 2)], "count": 1}
-    saturated, leaked = choice.warnings(train, [leak, unrelated])
-    assert "encoding's range (0 or 255): rows 5; see ingest.student.encoding" in saturated
-    assert leaked == "calibration patches that are in test too: rows 11, 12"
+    unfit = {"elsewhere": [40, *range(3, 15)], "outside": [5, 20]}
+    choice = choose_samples(train, 40, 2, seed=0, unfit=unfit)
+    assert not {40, 20, *range(3, 15)} & set(choice.indices.tolist())
+    leaked, cut = choice.warnings()
+    assert leaked.startswith("12 training patches are in val or test too and were not taken for")
+    assert leaked.endswith("rows 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, ...")
+    assert "2 training patches lie mostly outside the encoding's range" in cut
+    assert cut.endswith("rows 5, 20")
+    with pytest.raises(InputError, match=r"only 46 .* \(12 are in val or test too, 2 lie mostly"):
+        choose_samples(train, 47, 2, seed=0, unfit=unfit)
 
 
 def test_no_image_is_taken_twice():
@@ -67,8 +69,10 @@ def test_no_image_is_taken_twice():
     chosen = choose_samples(train, 50, 2, seed=0).indices
     contents = {train.images[i].tobytes() for i in chosen}
     assert len(contents) == 50
+    (words,) = choose_samples(train, 50, 2, seed=0).warnings()
+    assert words.startswith("10 training patches repeat another and were not taken")
     with pytest.raises(
-        InputError, match=r"calibrate.samples is 51, but .* only 50 different images"
+        InputError, match=r"calibrate.samples is 51, but .* only 50 different images .*10 repeat"
     ):
         choose_samples(train, 51, 2, seed=0)
 

@@ -72,6 +72,23 @@ def test_the_test_split_is_used_by_no_stage_but_the_benchmark(finished):
     assert changed == {"test_set", "bundle", "benchmark_report"}
 
 
+def test_training_patches_that_must_not_calibrate_are_listed(project):
+    """Those that are in val or test too, all of them, and those that the encoding cuts."""
+    with np.load(project.root / "train.npz") as archive, np.load(project.root / "test.npz") as test:
+        images, labels = archive["images"].copy(), archive["labels"]
+        images[:20] = test["images"][:20]
+        images[30, 1:] = 3.5  # the contract's range ends at 2.8
+        images[33] = np.where(images[33] < 0.5, 0, 2.8)  # at the ends, where nothing is cut
+        np.savez(project.root / "train.npz", images=images, labels=labels)
+    assert project.kdpipe("run", "--stage", "ingest").returncode == 0
+    found = json.loads(project.artifact("unfit").read_text())
+    rows = DatasetSplit.load(project.artifact("dataset") / "train").rows.tolist()
+    assert found["elsewhere"] == [row for row in rows if row < 20]
+    assert len(found["elsewhere"]) > 5  # more than ingest's warning names
+    assert found["outside"] == [30] * (30 in rows)
+    assert {30, 33} <= set(rows)
+
+
 def test_the_facts_describe_members_ensemble_and_data(finished):
     found = facts(finished)
     assert [m["name"] for m in found["teachers"]["members"]] == ["dense_a", "dense_b"]
