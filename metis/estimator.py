@@ -31,8 +31,8 @@ BOARD_NAMES: Mapping[Board, str] = {"pcie": "PCIe", "m2": "M.2"}
 
 TERMS = ("matrix", "weights", "depthwise", "operators", "memory")
 
-#: Layers that are named in facts and on the terminal.
-_TOP = 5
+#: Layers that are named in facts and on the terminal, unless more are asked for.
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class BoardEstimate:
         columns = zip(*(time.parts for time in self.layers), strict=True)
         return {term: sum(c) / total for term, c in zip(TERMS, columns, strict=True)}
 
-    def slowest(self) -> list[LayerTime]:
-        """The layers that take most."""
-        return sorted(self.layers, key=lambda time: -time.ms)[:_TOP]
+    def slowest(self, top: int | None) -> list[LayerTime]:
+        """The layers that take most; None: all of them."""
+        return sorted(self.layers, key=lambda time: -time.ms)[:top]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Estimate:
     misses: tuple[str, ...] = ()  # why the error band does not hold
     obstacle: str = ""  # why there is no figure
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, top: int | None = TOP) -> dict[str, Any]:
         """For manifests and reports; every figure says measured_on: estimate."""
         return {
             "measured_on": "estimate",
@@ -117,14 +117,14 @@ class Estimate:
             },
             "obstacle": self.obstacle or None,
             "misses": list(self.misses),
-            "boards": {board: _board_facts(found) for board, found in self.boards.items()},
+            "boards": {board: _board_facts(found, top) for board, found in self.boards.items()},
             "by_aipu_cores": {
                 str(cores): {board: figure.facts() for board, figure in figures.items()}
                 for cores, figures in self.by_cores.items()
             },
         }
 
-    def lines(self) -> Iterator[str]:
+    def lines(self, top: int | None = TOP) -> Iterator[str]:
         """For a terminal."""
         yield f"estimate, not measured; constants from {self.fitted_on}"
         if self.obstacle:
@@ -151,7 +151,7 @@ class Estimate:
         yield f"{'ms/frame':>10} {'share':>6}  {'dominant':<10} layer (PCIe)"
         found = self.boards["pcie"]
         total = sum(time.ms for time in found.layers)
-        for time in found.slowest():
+        for time in found.slowest(top):
             yield (
                 f"{time.ms:>10.4f} {100 * time.ms / total:>5.1f}%  {time.term:<10} "
                 f"{time.layer.name} ({time.layer.op_type}): {_advice(time)}"
@@ -280,7 +280,7 @@ def _without_figures(settings: Settings, costs: CostModel, obstacle: str) -> Est
     return Estimate(settings, costs.fitted_on, {}, {}, (), obstacle)
 
 
-def _board_facts(found: BoardEstimate) -> dict[str, Any]:
+def _board_facts(found: BoardEstimate, top: int | None) -> dict[str, Any]:
     return {
         "throughput": found.throughput.facts(),
         "latency": found.latency.facts(),
@@ -295,7 +295,7 @@ def _board_facts(found: BoardEstimate) -> dict[str, Any]:
                 "term": time.term,
                 "advice": _advice(time),
             }
-            for time in found.slowest()
+            for time in found.slowest(top)
         ],
     }
 

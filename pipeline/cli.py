@@ -495,6 +495,13 @@ def check(
     help="Cores of one compiled model; also the frames of one call.",
 )
 @click.option("--no-replication", is_flag=True, help="As with the compiler's enable_icr off.")
+@click.option(
+    "--layers",
+    type=click.IntRange(min=0),
+    default=5,
+    show_default=True,
+    help="How many layers to name, slowest first; 0: all.",
+)
 @_json_option
 @_debug_option
 def estimate(
@@ -503,6 +510,7 @@ def estimate(
     channels: int,
     aipu_cores: int,
     no_replication: bool,
+    layers: int,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -521,9 +529,10 @@ def estimate(
     published = published_row(ALIASES.get(model, (model, size))[0])
     if as_json:
         vendor = published.facts() if published else None
-        _print_json({"model": model, "estimate": found.facts(), "published": vendor})
+        facts = found.facts(layers or None)
+        _print_json({"model": model, "estimate": facts, "published": vendor})
         return
-    for line in (*found.lines(), *([published.line()] if published else [])):
+    for line in (*found.lines(layers or None), *([published.line()] if published else [])):
         click.echo(line)
 
 

@@ -145,7 +145,7 @@ def test_weights_beyond_the_share_of_l2_are_streamed_and_more_cores_share_more()
     network.conv(1024)  # 18.9 MB: more than a quarter of 28.1, less than all
     model = network.model()
     one, four = (estimate(model, Settings(cores)).boards["m2"] for cores in (1, 4))
-    assert one.slowest()[0].term == "memory"
+    assert one.slowest(1)[0].term == "memory"
     assert one.shares()["memory"] > 0.5
     assert four.shares()["memory"] == 0
     megabytes = 2 * 1024 * 9 * 1024 / 1e6 - costs.l2 / 4

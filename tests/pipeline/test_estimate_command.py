@@ -63,6 +63,25 @@ def test_a_file_in_words_and_as_json(graph):
     )
 
 
+def test_every_layer_is_named_on_request(graph):
+    model = onnx.load(graph)
+    node = model.graph.node[0]
+    for number in range(7):
+        following = model.graph.node.add()
+        following.CopyFrom(node)
+        following.input[0], following.output[0] = f"x{number}", f"x{number + 1}"
+        following.name = f"conv{number}"
+    node.output[0], model.graph.node[-1].output[0] = "x0", "y"
+    onnx.save(model, graph)
+    every = figures(graph, "--layers=0")["estimate"]["boards"]["pcie"]
+    assert len(every["slowest"]) == 8
+    assert sum(layer["value"] for layer in every["slowest"]) == pytest.approx(
+        1000 / every["throughput"]["value"]
+    )
+    few = kdpipe("estimate", graph, "--layers=2").stdout
+    assert few.count("(Conv): ") == 2
+
+
 def test_more_cores_hold_more_weights(graph):
     found = figures(graph, "--aipu-cores", 4, "--no-replication")["estimate"]
     assert found["settings"] == {"aipu_cores": 4, "replication": False}
