@@ -6,9 +6,13 @@ import csv
 import json
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
+from importlib.util import find_spec
 from operator import add
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,17 +31,19 @@ from pipeline.metrics import balanced_accuracy, expected_calibration_error, macr
 from pipeline.reference import answers, open_session, reference_network
 from pipeline.splits import DatasetSplit
 from pipeline.stage import InputError
+from pipeline.teacher_graphs import external_files, graph_inputs
 from pipeline.teaching import Teaching
 from preprocessing.contract import StudentInput, load_contract
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from pipeline.confusion import Confusion, Decision
     from pipeline.manifest import Manifest
+    from pipeline.teaching import Member
+    from preprocessing.contract import Contract
 
 #: Columns whose values differ by chance between seeds: mean and standard deviation are shown.
 SCORES = ("top1", "macro_f1", "balanced_accuracy", "ece", "top1_int8")
@@ -66,6 +72,7 @@ class Row:
 
     group: str  # runs that differ in their seed alone have the same
     name: str
+    run: str
     seed: int
     n: int  # validation patches
     values: dict[str, float | None]
@@ -89,36 +96,42 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     paths = {name: folder / artifact.path for name, artifact in manifest.artifacts.items()}
     val = DatasetSplit.load(paths["dataset"] / "val")
     given = StudentInput.load(paths["student_input"])
-    group = _group(manifest)
     seed = manifest.stages["distill"].seed
     labels = np.asarray(val.labels)
     classes = load_contract(paths["contract"]).labels
 
-    def row(name: str, logits: NDArray[np.float32], values: dict[str, float | None]) -> Row:
+    def row(
+        group: str, name: str, logits: NDArray[np.float32], values: dict[str, float | None]
+    ) -> Row:
         scores = {**_scores(logits, labels), **values}
         counts = confusion(logits, labels, classes)
         first = first_decisions(logits, labels, val.rows, classes)
-        return Row(group, name, seed, len(labels), scores, counts, first)
+        return Row(group, name, folder.name, seed, len(labels), scores, counts, first)
 
-    rows = [row(name, logits, values) for name, logits, values in _teachers(manifest, paths, root)]
+    given_to = _group(manifest, "ingest")
+    rows = [row(given_to, *teacher) for teacher in _teachers(manifest, paths, root)]
+    group = _group(manifest, "ingest", "distill")
     facts = manifest.stages["distill"].facts
     student = facts["student"]
     int8 = _int8(manifest, paths)
-    shape = (1, len(given.bands), *given.size_hw)
+    shape = (len(given.bands), *given.size_hw)
     (logits,) = answers(val.images, given, reference_network(paths["student"]))
-    rows.append(row(f"{student}, distilled", logits, {**_network(paths["student"], shape), **int8}))
+    rows.append(
+        row(group, f"{student}, distilled", logits, {**_network(paths["student"], shape), **int8})
+    )
     for baseline in facts["baselines"]:
         path = paths["training"] / f"{baseline}.onnx"
         words = baseline.replace("_", " ").replace("no teacher", "without teacher")
         (logits,) = answers(val.images, given, reference_network(path))
-        rows.append(row(f"{student}, {words}", logits, _network(path, shape)))
+        rows.append(row(group, f"{student}, {words}", logits, _network(path, shape)))
     return rows
 
 
-def _group(manifest: Manifest) -> str:
-    """What all runs with the same parameters have in common, whatever their seed."""
-    keyed = {name: manifest.stages[name].params for name in ("ingest", "distill")}
-    return json.dumps(keyed, sort_keys=True)
+def _group(manifest: Manifest, *stages: str) -> str:
+    """What runs with the same files and parameters in some stages share, whatever their seed."""
+    records = [manifest.stages[name] for name in stages]
+    files = [{name: s.sha256 for name, s in record.sources.items()} for record in records]
+    return json.dumps([files, [record.params for record in records]], sort_keys=True)
 
 
 def _scores(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float | None]:
@@ -133,9 +146,10 @@ def _scores(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str,
 def _teachers(
     manifest: Manifest, paths: dict[str, Path], root: Path
 ) -> Iterator[tuple[str, NDArray[np.float32], dict[str, float | None]]]:
-    """Each member, then their ensemble; costs of torch teachers and of files that went are None."""
+    """Each member, then their ensemble; costs of files that are no longer there are None."""
     teaching = Teaching(paths["teaching"], paths["contract"])
     ensemble, members = teaching.ensemble, teaching.val_members()
+    contract = load_contract(paths["contract"])
     files = {
         source.path.rpartition("/")[2]: root / source.path
         for source in manifest.stages["ingest"].sources.values()
@@ -143,8 +157,7 @@ def _teachers(
     costs = []
     for member, logits in zip(ensemble.members, members, strict=True):
         file = files.get(member.params.path or "")
-        known = file is not None and file.suffix == ".onnx" and file.exists()
-        costs.append(_network(file, None) if known and file else {})
+        costs.append(_costs(file, member, contract) if file and file.exists() else {})
         yield f"teacher {member.name}", logits, costs[-1]
     together: dict[str, float | None] = {}
     for name in ("parameters", "macs", "latency_ms", "onnx_bytes"):
@@ -160,28 +173,49 @@ def _teachers(
     yield "teacher ensemble", logits, together
 
 
-def _network(path: Path, shape: tuple[int, ...] | None) -> dict[str, float | None]:
-    """Parameters, MACs, size and median latency of batch 1."""
+def _costs(path: Path, member: Member, contract: Contract) -> dict[str, float | None]:
+    """What a teacher takes; a torch teacher's graph is exported for it."""
+    if member.params.timm is None:
+        channels, sizes = len(member.params.bands), contract.size_hw
+        wanted = (channels, *sizes) if contract.layout == "NCHW" else (*sizes, channels)
+        return _network(path, wanted)
+    if find_spec("timm") is None:
+        return {}
+    from pipeline.torch_teachers import write_onnx
+
+    with TemporaryDirectory() as folder:
+        graph = Path(folder) / "teacher.onnx"
+        parameters = write_onnx(path, member.params, contract, graph)
+        found = _network(graph, (len(member.params.bands), *contract.size_hw))
+    return {**found, "parameters": float(parameters), "onnx_bytes": None}
+
+
+def _network(path: Path, shape: tuple[int, ...]) -> dict[str, float | None]:
+    """Parameters, MACs of one patch, size with weights outside, median latency of one call.
+
+    Args:
+        path: an ONNX classifier.
+        shape: of one patch, where the graph leaves it open; its batch is 1 where that is open.
+    """
+    model = onnx.load(path, load_external_data=False)
+    files = [path, *(path.parent / name for name in external_files(model))]
+    size = sum(file.stat().st_size for file in files)
     model = onnx.load(path)
-    source = model.graph.input[0].type.tensor_type
-    dims = [d.dim_value for d in source.shape.dim]
-    fixed = shape or (1, *dims[1:])
-    found: dict[str, float | None] = {
-        "parameters": float(
-            sum(np.prod(i.dims) for i in model.graph.initializer if i.data_type in _FLOATS)
-        ),
-        "onnx_bytes": float(path.stat().st_size),
-    }
-    if not all(fixed) or (dims[0] and dims[0] != 1):
-        return found
+    source = graph_inputs(model)[0].type.tensor_type
+    dims = [dim.dim_value for dim in source.shape.dim]
+    fixed = tuple(dim or other for dim, other in zip(dims, (1, *shape), strict=True))
     for dim, value in zip(source.shape.dim, fixed, strict=True):
         dim.dim_value = value
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
-    found["macs"] = float(count_macs(model))
-    found["latency_ms"] = _latency_ms(path, fixed, source.elem_type)
-    return found
+    weights = (np.prod(i.dims) for i in model.graph.initializer if i.data_type in _FLOATS)
+    return {
+        "parameters": float(sum(weights)),
+        "onnx_bytes": float(size),
+        "macs": count_macs(model) / fixed[0],
+        "latency_ms": _latency_ms(path, fixed, source.elem_type),
+    }
 
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -218,8 +252,9 @@ def _int8(manifest: Manifest, paths: dict[str, Path]) -> dict[str, float | None]
 class Summary:
     """The same network of runs that differ in their seed alone."""
 
-    name: str
-    runs: int
+    name: str  # with those of the runs where others have a network of this name
+    runs: int  # of different seeds
+    of: tuple[str, ...]  # names of the runs
     n: int
     mean: dict[str, float | None]
     sd: dict[str, float | None]  # None for a single run
@@ -232,8 +267,12 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         grouped.setdefault((row.group, row.name), []).append(row)
+    times = Counter(name for _, name in grouped)
     summaries = []
-    for (_, name), same in grouped.items():
+    for (_, name), every in grouped.items():
+        of = tuple(row.run for row in every)
+        same = list({row.seed: row for row in every}.values())  # one seed says the same twice
+        shown = name if times[name] == 1 else f"{name} [{', '.join(of)}]"
         mean: dict[str, float | None] = {}
         sd: dict[str, float | None] = {}
         for column in COLUMNS:
@@ -243,7 +282,7 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
             sd[column] = statistics.stdev(known) if len(known) == len(values) > 1 else None
         together = reduce(add, (row.confusion for row in same))
         first = tuple((row.seed, row.first) for row in same)
-        summaries.append(Summary(name, len(same), same[0].n, mean, sd, together, first))
+        summaries.append(Summary(shown, len(same), of, same[0].n, mean, sd, together, first))
     return summaries
 
 
@@ -278,7 +317,8 @@ def _markdown(summaries: Sequence[Summary]) -> str:
     lines += [
         "",
         f"Scores on {counts} validation patches, mean ± standard deviation over the seeds; latency "
-        "of batch 1 in onnxruntime on this host (host-float), not on a device.",
+        "of one call in onnxruntime on this host (host-float), not on a device: a batch of 1, or "
+        "the batch that a teacher's graph has fixed.",
         *_larger_students(summaries),
     ]
     return "\n".join(lines) + "\n"
@@ -286,8 +326,9 @@ def _markdown(summaries: Sequence[Summary]) -> str:
 
 def _larger_students(summaries: Sequence[Summary]) -> Iterator[str]:
     """Say so where a student costs more than what it was distilled from."""
-    ensemble = next((row for row in summaries if row.name == "teacher ensemble"), None)
+    ensembles = [row for row in summaries if row.name.startswith("teacher ensemble")]
     for row in summaries:
+        ensemble = next((e for e in ensembles if set(e.of) & set(row.of)), None)
         own, other = row.mean["macs"], ensemble.mean["macs"] if ensemble else None
         if own and other and not row.name.startswith("teacher") and own > other:
             yield f"{row.name} takes {own / other:.1f} times the MACs of the teacher ensemble."

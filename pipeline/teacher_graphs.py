@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,6 +24,18 @@ _NORMALIZING = ("Sub", "Add", "Div", "Mul", "BatchNormalization")
 
 class GraphError(ValueError):
     """A tensor that was asked for is not in the graph."""
+
+
+def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What is fed to a graph; old ones list their weights among the inputs too."""
+    weights = {initializer.name for initializer in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def external_files(model: onnx.ModelProto) -> list[str]:
+    """The files that a model's weights lie in, besides its own, relative to its folder."""
+    outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    return sorted({str(ExternalDataInfo(tensor).location) for tensor in outside})
 
 
 def trailing_softmax(model: onnx.ModelProto) -> str | None:
@@ -55,8 +68,7 @@ def leading_normalization(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    weights = {initializer.name for initializer in model.graph.initializer}
-    here = next(value.name for value in model.graph.input if value.name not in weights)
+    here = graph_inputs(model)[0].name
     found = []
     while len(readers.get(here, [])) == 1:
         node = readers[here][0]

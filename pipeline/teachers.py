@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from onnx import TensorProto
-from onnx.external_data_helper import ExternalDataInfo
 
 from pipeline.prefetch import prefetched
 from pipeline.reference import Threads, fastest_threads, open_session
 from pipeline.stage import InputError
 from pipeline.teacher_graphs import (
     GraphError,
+    external_files,
+    graph_inputs,
     leading_normalization,
     trailing_softmax,
     with_outputs,
@@ -288,7 +289,7 @@ def _read(path: Path) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
             f"{path.name} is not a readable ONNX file (truncated?): {_first_line(error)}"
         ) from error
     external = []
-    for name in sorted(set(_external_files(model))):
+    for name in external_files(model):
         file = path.parent / name
         if not file.resolve().is_relative_to(path.parent.resolve()):
             raise InputError(
@@ -304,20 +305,13 @@ def _read(path: Path) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
     return model, tuple(external)
 
 
-def _external_files(model: onnx.ModelProto) -> Iterator[str]:
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            yield str(ExternalDataInfo(tensor).location)
-
-
 def _only_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    weights = {initializer.name for initializer in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
-        raise InputError(f"{path.name} has {len(inputs)} inputs ({names}); a teacher has one")
-    only: onnx.ValueInfoProto = inputs[0]
-    return only
+    inputs = graph_inputs(model)
+    for what, values in (("inputs", inputs), ("outputs", list(model.graph.output))):
+        if len(values) != 1:
+            names = ", ".join(value.name for value in values) or "none"
+            raise InputError(f"{path.name} has {len(values)} {what} ({names}); a teacher has one")
+    return inputs[0]
 
 
 def _check_classes(teacher: Teacher, contract: Contract) -> None:

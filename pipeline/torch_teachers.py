@@ -69,6 +69,14 @@ def open_torch_teacher(
     )
 
 
+def write_onnx(path: Path, params: TeacherParams, contract: Contract, into: Path) -> int:
+    """Write a torch teacher as ONNX, batch 1; return its number of parameters."""
+    network = _from_file(path, params, contract).eval()
+    example = torch.zeros(1, len(params.bands), *contract.size_hw)
+    torch.onnx.export(network, (example,), str(into), opset_version=17, dynamo=False)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def _from_file(path: Path, params: TeacherParams, contract: Contract) -> nn.Module:
     assert params.timm is not None
     try:

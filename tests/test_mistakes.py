@@ -53,6 +53,13 @@ def weights_alone(project):
     project.edit("ingest", "teachers", 0, "path", to="teachers/dense_a.pth")
 
 
+def two_outputs(project):
+    path = teacher(project)
+    model = onnx.load(path)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("pooled", 1, ["N", 3, 1, 1]))
+    onnx.save(model, path)
+
+
 def outside_data(project):
     """An ONNX whose weights lie in a file beside its folder."""
     path = teacher(project, external="weights.bin")
@@ -215,6 +222,11 @@ MISTAKES = {
         lambda p: teacher(p, inputs=2),
         3,
         "dense_a.onnx has 2 inputs (input, other1); a teacher has one",
+    ),
+    "teacher with two outputs": (
+        two_outputs,
+        3,
+        "dense_a.onnx has 2 outputs (logits, pooled); a teacher has one",
     ),
     "teacher with other channels": (
         lambda p: teacher(p, bands=(0, 1)),

@@ -134,6 +134,11 @@ def test_a_torch_teacher_with_local_weights(project, suffix):
     answer = teaching_of(project).answer("train", np.arange(4), 0)
     assert answer.features[0].shape[0] == 4
     assert answer.features[0].ndim == 4
+    if suffix == "pth":
+        row = project.kdpipe("compare", "tiny").stdout.split("teacher torch |")[1].split("|")
+        count = sum(parameter.numel() for parameter in network.parameters())
+        assert row[1].strip() == f"{count:,}"
+        assert int(row[2].replace(",", "")) > 1e5  # MACs
     (project.root / "teachers" / f"torch.{suffix}").write_bytes(b"nothing")
     result = project.kdpipe("run", "--stage", "ingest")
     assert result.returncode == 3

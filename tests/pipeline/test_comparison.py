@@ -4,9 +4,9 @@ import statistics
 
 import numpy as np
 import pytest
-from tiny_project import write_project
+from tiny_project import make_teacher, write_project
 
-from pipeline.comparison import COLUMNS
+from pipeline.comparison import COLUMNS, Row, summarize
 from pipeline.confusion import confusion
 
 
@@ -20,6 +20,8 @@ def compared(tmp_path_factory):
     """Two seeds with a baseline, one of them calibrated, and the table of both."""
     project = write_project(tmp_path_factory.mktemp("compared") / "project")
     project.edit("distill", "baselines", to=["no_teacher"])
+    dense_a = project.root / "teachers" / "dense_a.onnx"
+    make_teacher(dense_a, (0, 1, 2), project.contract, batch=7, external="weights.bin")
     for seed, last in ((3, "calibrate"), (4, "distill")):
         words = ("--run", f"seed{seed}", "--set", f"seed={seed}", "--to", last)
         result = project.kdpipe("run", *words)
@@ -47,7 +49,11 @@ def test_every_network_has_its_row_and_every_column_its_value(compared):
     assert float(student["macs"]) > 1e5
     assert 0 <= float(student["ece"]) <= 1
     assert student["top1_int8"] == ""  # only one of the two runs has it
-    assert float(rows["teacher dense_a"]["parameters"]) == 3 * 3 + 3
+    teacher = {name: float(rows["teacher dense_a"][name]) for name in COLUMNS if "int8" not in name}
+    assert (teacher["parameters"], teacher["macs"]) == (3 * 3 + 3, 3 * 3)  # of one patch, not of 7
+    files = [project.root / "teachers" / name for name in ("dense_a.onnx", "weights.bin")]
+    assert teacher["onnx_bytes"] == sum(file.stat().st_size for file in files)
+    assert teacher["latency_ms"] > 0
     assert float(rows["teacher ensemble"]["parameters"]) == 24
     assert "takes " in text  # this student is larger than its teachers
     assert (folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
@@ -68,6 +74,25 @@ def test_seeds_become_mean_and_standard_deviation(compared):
     assert float(both["top1"]) == pytest.approx(statistics.mean(single))
     assert float(both["top1_sd"]) == pytest.approx(statistics.stdev(single))
     assert set(COLUMNS) <= set(both)
+
+
+def test_runs_that_differ_in_more_than_their_seed_keep_rows_of_their_own():
+    def row(group, name, run, seed, score):
+        logits, labels = np.eye(2), np.array([0, 1])
+        return Row(
+            group, name, run, seed, 2, {"top1": score}, confusion(logits, labels, ("a", "b")), ()
+        )
+
+    rows = [
+        row(group, name, run, seed, score)
+        for run, seed, t, score in (("x1", 1, 2, 0.5), ("y1", 1, 4, 0.6), ("x2", 2, 2, 0.7))
+        for group, name in (("files", "teacher"), (f"files, T {t}", "student"))
+    ]
+    found = {summary.name: summary for summary in summarize(rows)}
+    assert list(found) == ["teacher", "student [x1, x2]", "student [y1]"]
+    assert found["student [x1, x2]"].mean["top1"] == pytest.approx(0.6)
+    # x1 and y1 share seed and teacher: that is one figure, not two.
+    assert (found["teacher"].runs, found["teacher"].of) == (2, ("x1", "y1", "x2"))
 
 
 def test_confusions_count_every_decision_of_all_seeds(compared):
