@@ -109,7 +109,7 @@ def caching(found: Repetition, measured_on: str) -> dict[str, Any]:
         "low": float(ratios[1]),
         "high": float(ratios[-2]),
         "limit": LIMIT,
-        "unit": "times faster",
+        "unit": "ratio",
         "measured_on": measured_on,
         "n": int(found.same_ns.size),
     }

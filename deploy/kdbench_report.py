@@ -275,8 +275,8 @@ def table(document: dict[str, Any]) -> str:
     )
     same = document["repetition"]
     lines.append(
-        f"same sample    {same['value']:.2f} times faster than distinct ones, {same['low']:.2f} to "
-        f"{same['high']:.2f}, limit {same['limit']:g}  n {same['n']}  [{on}]"
+        f"same sample    distinct ones take {same['value']:.2f} times its time, {same['low']:.2f} "
+        f"to {same['high']:.2f}, limit {same['limit']:g}  n {same['n']}  [{on}]"
     )
     heat, link = document["heat_during"], document["link"]
     watts = [row["power_w"] for row in document["passes"] if row["power_w"] is not None]

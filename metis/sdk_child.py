@@ -51,6 +51,8 @@ _CURES = {
     "Cannot update from version": "quantize again: kdpipe run --stage calibrate --force",
     "AXR_ERROR_CONNECTION": "update the driver package metis-dkms and load its module again",
     "No space left": "make room",
+    "killed by signal 9": "often for want of memory: the SDK wants 16 to 32 GB",
+    "killed by signal 11": "some models need a larger stack: ulimit -s unlimited",
 }
 
 #: Steps of the child whose failure means that something is not installed.

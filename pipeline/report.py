@@ -121,7 +121,7 @@ class Repetition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     low: float  # ends of its 98.8 % interval
     high: float
     limit: float
-    unit: Literal["times faster"]
+    unit: Literal["ratio"]
     measured_on: MeasuredOn
     n: int  # repeated queries
 
