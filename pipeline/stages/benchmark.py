@@ -236,4 +236,5 @@ STAGE = Stage(
     gates=gates,
     gate_names=("parity", "verdict"),
     tools=lambda params: ("onnxruntime", "axelera-rt"),
+    code_version=2,
 )
