@@ -51,6 +51,8 @@ class Examination:
     #: Its artifacts may feed a stage that runs alone: nothing but tool versions differs, here and
     #: upstream. A student trained on a server stays the student on a box with other releases.
     usable: bool = False
+    #: The reason, where it is an earlier stage's: the first that is not fresh.
+    cause: str = ""
 
 
 class RunState:
@@ -104,8 +106,10 @@ class RunState:
                 return Examination(name, "stale", problem)
         for maker in makers:
             if maker.state != "fresh":
-                reason = f"{maker.stage} comes first and is not fresh"
-                return Examination(name, "stale", reason, usable=all(m.usable for m in makers))
+                words = f"{maker.stage} comes first and is {maker.state}: {maker.reason}"
+                cause = maker.cause or words
+                usable = all(m.usable for m in makers)
+                return Examination(name, "stale", cause, usable=usable, cause=cause)
         return Examination(name, "fresh", f"made {record.finished}", usable=True)
 
     def holder(self) -> str:

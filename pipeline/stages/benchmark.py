@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
 from metis.backend import CompiledModel
-from metis.sdk_child import python_with_runtime
+from metis.sdk_child import find_interpreter, python_with_runtime
 from pipeline.bundle import BUNDLED, BundleLimits, assemble_bundle
 from pipeline.device_run import Elsewhere, run_here, run_there
+from pipeline.environment import installed
 from pipeline.legs import Leg, Limits, export_leg, int8_leg
 from pipeline.stage import Facts, Gate, Job, Stage, same_as_field, unkeyed_field
 
@@ -35,6 +36,7 @@ class BenchmarkParams:
     ssh_options: tuple[str, ...] = unkeyed_field(())  # words for ssh before the host
     remote_python: str = unkeyed_field("python3")  # with numpy and the runtime, on that host
     time_limit: Annotated[float, Meta(gt=0)] = unkeyed_field(14_400.0)  # seconds, in all
+    backend: Literal["emulator", "voyager"] | None = same_as_field("compile.backend", unkeyed=True)
     golden_samples: Annotated[int, Meta(ge=1)] = 32  # validation patches that prove the bundle
     max_png_levels: Annotated[float, Meta(ge=0)] = unkeyed_field(1.0)  # grey levels, when bilinear
     max_yaml_difference: Annotated[float, Meta(ge=0)] = unkeyed_field(1e-5)  # standard deviations
@@ -228,6 +230,14 @@ def gates(params: BenchmarkParams, facts: Facts) -> list[Gate]:
     ]
 
 
+def tools(params: BenchmarkParams) -> dict[str, str | None]:
+    """What computes and measures here; a runtime on another host is only known by measuring."""
+    found = {"onnxruntime": installed("onnxruntime")}
+    if params.backend == "voyager" and not params.host:
+        found["axelera-rt"] = find_interpreter().versions.get("axelera-rt")
+    return found
+
+
 STAGE = Stage(
     inputs=BUNDLED,
     outputs={"bundle": "bundle", "benchmark_report": "report"},
@@ -235,6 +245,6 @@ STAGE = Stage(
     run=run,
     gates=gates,
     gate_names=("parity", "verdict"),
-    tools=lambda params: ("onnxruntime", "axelera-rt"),
+    tools=tools,
     code_version=2,
 )

@@ -27,7 +27,7 @@ def test_a_dry_run_writes_nothing_and_tells_all(finished, project):
     assert distill.startswith("distill    run   stale: epochs was 2, now 3")
     assert "(last time " in distill
     assert "teaching " in distill
-    assert calibrate.startswith("calibrate  run   stale: distill comes first and is not fresh")
+    assert calibrate.startswith("calibrate  run   stale: distill comes first and is stale: ")
     assert compiled.startswith("compile    run")
     project_before = checksum(project.root)
     assert project.kdpipe("run", "--dry-run").returncode == 0
