@@ -165,7 +165,11 @@ def _describe(
         sample = picked(patches, bands, teacher)
         figures = describe_member(teacher, found, val.labels, sample)
         missed = missed_records(
-            teacher, figures, params.max_top1_difference, params.max_logit_difference
+            teacher,
+            figures,
+            params.max_top1_difference,
+            params.max_logit_difference,
+            probabilities=as_probabilities,
         )
         tried: dict[str, float] = {}
         doubtful = teacher.params.recorded_top1 is None and (
@@ -183,7 +187,7 @@ def _describe(
             )
         ending = "probabilities" if as_probabilities else teacher.ending
         if ending != "logits":
-            job.warn(_about_softmax(teacher.name, ending))
+            job.warn(_about_softmax(teacher, ending))
         described.append(
             {
                 "name": teacher.name,
@@ -214,10 +218,14 @@ def _listed(tried: Mapping[str, float]) -> str:
     return ", ".join(f"{words} {value:.3f}" for words, value in tried.items())
 
 
-def _about_softmax(name: str, ending: str) -> str:
+def _about_softmax(teacher: Teacher, ending: str) -> str:
     if ending == "softmax cut off":
-        return f"{name} ends in a softmax: the tensor before it is taken as logits"
-    return (
-        f"{name} gives probabilities: their logarithm is taken as logits, which is the same at "
-        "every temperature"
+        return f"{teacher.name} ends in a softmax: the tensor before it is taken as logits"
+    words = (
+        f"{teacher.name} gives probabilities: their logarithm is taken as logits, which is the "
+        "same at every temperature"
     )
+    params = teacher.params
+    if params.recorded_logit_mean is None and params.recorded_logit_std is None:
+        return words
+    return f"{words}; the recorded mean and std of logits can't be compared with it"

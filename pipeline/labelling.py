@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -71,19 +72,19 @@ class Labelling:
             done: called with the number of patches of every block that is there.
         """
         blocks = list(self._blocks(split, source_digest, views))[shard[0] :: shard[1]]
-        missing = [block for block in blocks if not all(path.exists() for path in block.paths)]
+        missing = [block for block in blocks if not all(map(_is_whole, block.paths))]
         done(sum(len(block.rows) for block in blocks) - sum(len(block.rows) for block in missing))
         bands = seen_bands(self.teachers)
         for block, patches in prefetched(_read(missing, split, bands)):
             for teacher, path in zip(self.teachers, block.paths, strict=True):
-                if not path.exists():
+                if not _is_whole(path):
                     self._make(teacher, block.rows, picked(patches, bands, teacher), views, path)
             done(len(block.rows))
 
     def missing(self, split: Split, source_digest: str, views: int) -> tuple[int, int]:
         """How many blocks are still to be made, and of how many."""
         blocks = list(self._blocks(split, source_digest, views))
-        absent = [block for block in blocks if not all(path.exists() for path in block.paths)]
+        absent = [block for block in blocks if not all(map(_is_whole, block.paths))]
         return len(absent), len(blocks)
 
     def answers(
@@ -142,6 +143,15 @@ class Labelling:
 class _Block:
     rows: NDArray[np.int64]
     paths: list[Path]  # one per teacher
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a block is there; what was cut short while somebody copied it is not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 def _read(

@@ -88,6 +88,11 @@ def test_a_kill_costs_the_block_it_came_in_and_nothing_else(asked):
     labelling.label(split, "s", 1)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(files(labelling)) == 6
+    for path, damage in zip(kept, (lambda b: b[: len(b) // 2], lambda b: b""), strict=True):
+        path.write_bytes(damage(path.read_bytes()))  # copied by halves from another machine
+    assert labelling.missing(split, "s", 1) == (1, 3)
+    labelling.label(split, "s", 1)
+    assert len(list(labelling.answers(split, "s", 1))) == 3
 
 
 def test_whatever_decides_an_answer_decides_its_name(asked):

@@ -117,6 +117,9 @@ def test_records_that_are_reproduced_pass_and_others_do_not(tmp_path, data):
     }
     same = teacher_for(tmp_path, made, made, **recorded)
     assert missed_records(same, described(same, data), 0.005, 0.1) == []
+    shifted = {**described(same, data), "logit_mean": 9.0}
+    assert [m.what for m in missed_records(same, shifted, 0.005, 0.1)] == ["mean logit"]
+    assert missed_records(same, shifted, 0.005, 0.1, probabilities=True) == []
 
     extra_relu = onnx.load(tmp_path / "t.onnx")
     nodes = extra_relu.graph.node
