@@ -9,9 +9,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 import onnx
 
@@ -37,6 +39,9 @@ _SHRINK = np.linspace(1.0, 0.1, 91)
 
 #: Occupied bins that the entropy observer leaves inside a range, a few for each code.
 _LEAST_BINS = 512
+
+#: Ends of a range may not be larger: kernels multiply scales in float32.
+_LARGEST = 1e18
 
 #: Bytes of activations that may be in memory at a time; a batch is as large as this allows.
 _ACTIVATIONS_BYTES = 32 << 20
@@ -85,10 +90,10 @@ def grid(lo: float, hi: float) -> tuple[np.float32, int]:
     `scale = (hi - lo) / 255`, `zero_point = round(-128 - lo / scale)`; code -128 is lo, 127 is hi.
 
     Raises:
-        RangeError: the range is not finite, or runs backwards.
+        RangeError: the range is not finite, or too large for float32 kernels, or runs backwards.
     """
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
-        raise RangeError(f"{lo} to {hi} is no range")
+    if not -_LARGEST <= lo <= hi <= _LARGEST:
+        raise RangeError(f"{lo:g} to {hi:g} is no range")
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     scale = np.float32((hi - lo) / 255)
     if scale < np.finfo(np.float32).tiny:  # nothing but zeros was seen
@@ -335,13 +340,13 @@ class Ranges:
             RangeError: it is not such a file; says which tensor is wrong.
         """
         try:
-            raw = json.loads(path.read_text())
-            tensors = {name: _range(name, entry) for name, entry in raw["tensors"].items()}
-            return Ranges(samples=int(raw["samples"]), tensors=tensors)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, RangeError):
-                raise
-            raise RangeError(f"{path.name} is no file of ranges: {error!r}") from error
+            file = msgspec.convert(json.loads(path.read_text()), _File)
+        except OSError as error:
+            raise RangeError(f"{path.name} can't be read: {error.strerror or error}") from error
+        except ValueError as error:  # of json and of msgspec
+            raise RangeError(f"{path.name} is no file of ranges: {error}") from error
+        tensors = {name: _range(name, entry) for name, entry in file.tensors.items()}
+        return Ranges(samples=file.samples, tensors=tensors)
 
     def of(self, tensor: str) -> Range:
         """The range of one tensor.
@@ -353,19 +358,45 @@ class Ranges:
             raise RangeError(f"no range for tensor {tensor!r}; is the file of another student?")
         return self.tensors[tensor]
 
+    def check(self, seen: Observer) -> None:
+        """Refuse ranges that are not those of a student.
 
-def _range(name: str, raw: Mapping[str, Any]) -> Range:
-    found = Range(
-        lo=float(raw["lo"]),
-        hi=float(raw["hi"]),
-        observer=str(raw["observer"]),
-        seen=(float(raw["seen"][0]), float(raw["seen"][1])),
-        channels=tuple((float(lo), float(hi)) for lo, hi in raw["channels"]),
-    )
+        Raises:
+            RangeError: a tensor lacks its range, or has another number of channels, or there is a
+                range for a tensor that the student does not have.
+        """
+        for tensor in seen.histograms:
+            found, channels = len(self.of(tensor).channels), len(seen.channel_lo.get(tensor, ()))
+            if found not in (0, channels):
+                raise RangeError(
+                    f"tensor {tensor!r} has {channels} channels, the file gives ranges of {found}"
+                )
+        for tensor in self.tensors:
+            if tensor not in seen.histograms:
+                raise RangeError(f"the student has no tensor {tensor!r}{_nearest(tensor, seen)}")
+
+
+@dataclass(frozen=True)
+class _File:
+    schema: Literal[1]
+    samples: int
+    tensors: dict[str, Any]
+
+
+def _range(name: str, raw: object) -> Range:
+    try:
+        found = msgspec.convert(raw, Range)
+    except msgspec.ValidationError as error:
+        raise RangeError(f"tensor {name!r}: {error}") from error
     for lo, hi in ((found.lo, found.hi), *found.channels):
-        if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
+        if not (-_LARGEST <= lo <= hi <= _LARGEST):
             raise RangeError(f"tensor {name!r}: lo {lo:g} and hi {hi:g} are no range")
     return found
+
+
+def _nearest(name: str, seen: Observer) -> str:
+    close = get_close_matches(name, seen.histograms, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def choose(
@@ -391,16 +422,21 @@ def choose(
                 how = wanted
                 left.pop(pattern, None)
         lo, hi = OBSERVERS[how](histogram) if isinstance(how, str) else how
-        grid(lo, hi)  # refuses what is no range
+        try:
+            grid(lo, hi)
+        except RangeError as error:
+            raise RangeError(f"tensor {name!r}: {error}") from error
         extremes = (float(histogram.lo), float(histogram.hi))
         channels: tuple[tuple[float, float], ...] = ()
-        if name in seen.channel_lo:
+        if name in seen.channel_lo and isinstance(how, str):  # a given range is for all channels
             pairs = zip(seen.channel_lo[name], seen.channel_hi[name], strict=True)
             channels = tuple((float(a), float(b)) for a, b in pairs)
         word = how if isinstance(how, str) else "given"
         tensors[name] = Range(float(lo), float(hi), word, extremes, channels)
     if left:
         raise RangeError(
-            f"{next(iter(left))!r} fits no tensor of the student; it has {', '.join(tensors)}"
+            f"{next(iter(left))!r} fits no tensor of the student"
+            + (_nearest(next(iter(left)), seen) or f"; it has {next(iter(tensors))!r} and others")
+            + " (ranges.json of calibrate lists all)"
         )
     return Ranges(samples=seen.samples, tensors=tensors)

@@ -56,6 +56,7 @@ class Recipe:
     scheme: str
     observer: str | None = None  # None: the scheme's
     overrides: Mapping[str, str | tuple[float, float]] | None = None
+    given: Ranges | None = None  # used instead of what is observed
     bias_correction: bool = True
     equalization: bool = False
     weight_clipping: bool = False
@@ -73,8 +74,14 @@ class Calibrated:
         """The ranges of a recipe.
 
         Raises:
-            InputError: an override does not fit.
+            InputError: an override, or a given range, does not fit.
         """
+        try:
+            if recipe.given is not None:
+                recipe.given.check(self.seen)
+                return recipe.given
+        except RangeError as error:
+            raise InputError(f"calibrate.ranges_file: {error}") from error
         observer = recipe.observer or observer_of(recipe.scheme)
         try:
             return choose(self.seen, observer, recipe.overrides)
@@ -161,13 +168,14 @@ def variants(
     tried = {"as configured": recipe}
     for scheme in SCHEMES:
         if scheme != recipe.scheme:
-            tried[f"scheme {scheme}"] = replace(recipe, scheme=scheme, observer=None)
+            # Given ranges were chosen for one scheme.
+            tried[f"scheme {scheme}"] = replace(recipe, scheme=scheme, observer=None, given=None)
     if recipe.bias_correction:
         tried["without bias correction"] = replace(recipe, bias_correction=False)
     if recipe.weight_clipping:
         tried["without weight clipping"] = replace(recipe, weight_clipping=False)
     if recipe.equalization:
-        tried["without equalization"] = replace(recipe, equalization=False)
+        tried["without equalization"] = replace(recipe, equalization=False, given=None)
     rows = []
     for name, how in tried.items():
         source = calibrated

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from metis.backend import QuantizedModel
-    from metis.ranges import Ranges
     from pipeline.calibration import Calibrated, Recipe
     from preprocessing.contract import StudentInput
 
@@ -54,14 +53,28 @@ class CalibrateParams:
     max_int8_loss: Annotated[float, Meta(gt=0)] = unkeyed_field(1.0)  # points of top-1
 
 
-def recipe_of(params: CalibrateParams) -> Recipe:
-    """The parameters that decide how a float student becomes int8."""
+def recipe_of(params: CalibrateParams, ranges: Path | None = None) -> Recipe:
+    """The parameters that decide how a float student becomes int8.
+
+    Args:
+        params: the section `calibrate`.
+        ranges: the file that it names.
+
+    Raises:
+        InputError: the file is none of ranges.
+    """
+    from metis.ranges import RangeError, Ranges
     from pipeline.calibration import Recipe
 
+    try:
+        given = Ranges.load(ranges) if ranges is not None else None
+    except RangeError as error:
+        raise InputError(f"calibrate.ranges_file: {error}") from error
     return Recipe(
         scheme=params.scheme,
         observer=params.observer,
         overrides=params.ranges,
+        given=given,
         bias_correction=params.bias_correction,
         equalization=params.equalization,
         weight_clipping=params.weight_clipping,
@@ -70,7 +83,7 @@ def recipe_of(params: CalibrateParams) -> Recipe:
 
 def sources(params: CalibrateParams, root: Path) -> dict[str, Path]:
     """The file of ranges, if one is given."""
-    return {"ranges": root / params.ranges_file} if params.ranges_file else {}
+    return {"ranges_file": root / params.ranges_file} if params.ranges_file else {}
 
 
 def run(job: Job, params: CalibrateParams) -> Facts:
@@ -84,14 +97,14 @@ def run(job: Job, params: CalibrateParams) -> Facts:
     given = StudentInput.load(job.inputs["student_input"])
     described = _write_set(job, params, given)
     samples = job.outputs["calibration_set"] / "samples.npy"
-    recipe = recipe_of(params)
+    recipe = recipe_of(params, job.sources.get("ranges_file"))
     with job.progress("watch activations", len(np.load(samples, mmap_mode="r"))) as bar:
         calibrated = watched(job.inputs["student"], samples, recipe, bar.update)
-    ranges = _ranges(job, calibrated, recipe)
+    ranges = calibrated.ranges(recipe)
     onnx.save(calibrated.baked(recipe, ranges), job.outputs["baked_student"])
     ranges.save(job.outputs["ranges"])
     facts = {"calibration": described, **_quantized(job, params, samples, given)}
-    facts.update(_examined(job, params, calibrated, ranges, given))
+    facts.update(_examined(job, params, calibrated, recipe, given))
     operators = {node.op_type for node in calibrated.parts.core.graph.node}
     facts["suggestions"] = suggestions(facts, recipe, operators)
     for words in facts["suggestions"]:
@@ -115,20 +128,6 @@ def _write_set(job: Job, params: CalibrateParams, given: StudentInput) -> dict[s
     described = write_samples(folder / "samples.npy", train, choice, given, classes)
     (folder / "samples.json").write_text(json.dumps(described) + "\n")
     return {name: value for name, value in described.items() if name != "rows"}
-
-
-def _ranges(job: Job, calibrated: Calibrated, recipe: Recipe) -> Ranges:
-    from metis.ranges import RangeError, Ranges
-
-    if "ranges" not in job.sources:
-        return calibrated.ranges(recipe)
-    try:
-        given = Ranges.load(job.sources["ranges"])
-        for tensor in calibrated.seen.histograms:
-            given.of(tensor)
-    except RangeError as error:
-        raise InputError(f"calibrate.ranges_file: {error}") from error
-    return given
 
 
 def _quantized(
@@ -182,7 +181,7 @@ def _examined(
     job: Job,
     params: CalibrateParams,
     calibrated: Calibrated,
-    ranges: Ranges,
+    recipe: Recipe,
     given: StudentInput,
 ) -> dict[str, Any]:
     """Other ways to quantize, and single layers."""
@@ -193,7 +192,6 @@ def _examined(
     from pipeline.splits import DatasetSplit
     from preprocessing.apply import student_tensor
 
-    recipe = recipe_of(params)
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
     val = val.spread(calibration.COMPARED)
     frames, labels = student_tensor(val.images, given), val.labels
@@ -213,7 +211,7 @@ def _examined(
         with job.progress("layers one by one", calibrated.layers) as bar:
             found = calibration.sensitivity(
                 job.outputs["baked_student"],
-                ranges,
+                calibrated.ranges(recipe),
                 params.scheme,
                 frames[few],
                 labels[few],
@@ -240,8 +238,14 @@ def curve(
         progress: called with the number of samples just done.
 
     Raises:
-        InputError: the training split has fewer different patches than the largest size.
+        InputError: the training split has fewer different patches than the largest size, or a
+            file gives the ranges.
     """
+    if params.ranges_file:
+        raise InputError(
+            "calibrate.ranges_file has the range of every tensor, whatever the number of samples; "
+            "for the curve leave it out: --set calibrate.ranges_file=null"
+        )
     from pipeline import calibration
     from pipeline.calibration_set import choose_samples
     from pipeline.reference import reference_logits
@@ -290,7 +294,12 @@ def gates(params: CalibrateParams, facts: Facts) -> list[Gate]:
 
 
 def ready(params: CalibrateParams) -> None:
-    """The backend must be here before anything starts."""
+    """The backend must be here before anything starts, and ranges are said one way."""
+    if params.ranges_file and (params.ranges or params.observer):
+        raise InputError(
+            "calibrate.ranges_file has the range of every tensor, so calibrate.ranges and "
+            "calibrate.observer change nothing; edit the file, or leave it out"
+        )
     require_backend(str(params.backend))
 
 

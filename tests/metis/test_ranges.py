@@ -145,21 +145,44 @@ def test_ranges_survive_the_file(seen, tmp_path):
     assert ranges.of("sum").observer == "mse"
     assert (ranges.of("logits").lo, ranges.of("logits").hi) == (-4.0, 5.0)
     assert ranges.of("logits").observer == "given"
+    ranges.check(seen)
     ranges.save(tmp_path / "ranges.json")
     assert Ranges.load(tmp_path / "ranges.json") == ranges
 
 
 def test_an_override_that_fits_nothing_is_refused(seen):
-    with pytest.raises(RangeError, match="'conv_9' fits no tensor of the student; it has"):
+    with pytest.raises(RangeError, match="'conv_9' fits no tensor of the student; it has 'input'"):
         choose(seen, "mse", {"conv_9": "min_max"})
+    with pytest.raises(RangeError, match=r"'logit' fits no tensor .*; did you mean 'logits'"):
+        choose(seen, "mse", {"logit": "min_max"})
+
+
+@pytest.mark.parametrize("bad", [(3.0, 1.0), (0.0, 1e30), (float("nan"), 1.0)])
+def test_a_range_given_to_a_tensor_that_is_none_is_refused_by_name(seen, bad):
+    with pytest.raises(RangeError, match=r"tensor 'a1': .* is no range"):
+        choose(seen, "mse", {"a1": bad})
+
+
+def test_a_given_range_is_for_all_channels(seen):
+    """Under the hybrid scheme too, where the observed extremes of each channel would count."""
+    assert len(choose(seen, "mse").of("a2").channels) == 24
+    assert choose(seen, "mse", {"a2": (0.0, 2.0)}).of("a2").channels == ()
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda raw: raw["tensors"]["a1"].update(lo=3.0, hi=1.0), "tensor 'a1': lo 3 and hi 1"),
-        (lambda raw: raw["tensors"]["a1"].pop("lo"), "no file of ranges"),
-        (lambda raw: raw.pop("tensors"), "no file of ranges"),
+        (lambda raw: raw["tensors"]["a1"].update(hi=1e39), "tensor 'a1': lo .* are no range"),
+        (lambda raw: raw["tensors"]["a1"].update(hi=float("nan")), "tensor 'a1': lo .* nan are no"),
+        (lambda raw: raw["tensors"]["a1"].pop("lo"), "tensor 'a1': Object missing .*`lo`"),
+        (lambda raw: raw["tensors"]["a1"].update(hi=None), r"tensor 'a1': Expected `float`.*\$.hi"),
+        (lambda raw: raw["tensors"]["a2"]["channels"][0].append(1), "tensor 'a2': .*channels"),
+        (lambda raw: raw["tensors"]["a2"]["channels"].pop(), "'a2' has 24 channels, .* of 23"),
+        (lambda raw: raw["tensors"].pop("a1"), "no range for tensor 'a1'"),
+        (lambda raw: raw["tensors"].update(a9=raw["tensors"]["a1"]), "the student has no .*'a9'"),
+        (lambda raw: raw.pop("tensors"), "no file of ranges: .*`tensors`"),
+        (lambda raw: raw.update(schema=2), "no file of ranges: Invalid enum value 2"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(seen, tmp_path, damage, words):
@@ -169,4 +192,12 @@ def test_a_damaged_file_is_refused_by_name(seen, tmp_path, damage, words):
     damage(raw)
     path.write_text(json.dumps(raw))
     with pytest.raises(RangeError, match=words):
-        Ranges.load(path)
+        Ranges.load(path).check(seen)
+
+
+def test_what_is_no_json_or_no_file_is_refused_by_name(tmp_path):
+    (tmp_path / "bad.json").write_text("{bad")
+    with pytest.raises(RangeError, match=r"bad\.json is no file of ranges: Expecting property"):
+        Ranges.load(tmp_path / "bad.json")
+    with pytest.raises(RangeError, match=r"can't be read: Is a directory"):
+        Ranges.load(tmp_path)

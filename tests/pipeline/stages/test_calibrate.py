@@ -174,7 +174,13 @@ def test_ranges_can_be_edited_and_used_again(finished):
     sqnr = calibrated(finished)["logits_sqnr_db"]
     assert rerun(finished, "--allow", "gate=int8_loss:test").returncode == 0
     assert finished.artifact("ranges").read_text() == json.dumps(raw, indent=1) + "\n"
-    assert calibrated(finished)["logits_sqnr_db"] < sqnr - 3
+    worse = calibrated(finished)["logits_sqnr_db"]
+    assert worse < sqnr - 3
+    # Rows of the same scheme have the given ranges too; the others choose their own.
+    rows = {row["name"]: row["sqnr_db"] for row in calibrated(finished)["variants"]}
+    assert rows["as configured"] == pytest.approx(worse)
+    assert rows["without bias correction"] < sqnr - 3
+    assert rows["scheme per_tensor_min_max"] > sqnr - 3
     assert rerun(finished, "--allow", "gate=int8_loss:test").stderr.startswith("calibrate  fresh")
 
     del raw["tensors"][name]
@@ -182,6 +188,15 @@ def test_ranges_can_be_edited_and_used_again(finished):
     refused = rerun(finished)
     assert refused.returncode == 3
     assert f"calibrate.ranges_file: no range for tensor {name!r}" in refused.stderr
+    for key in ("observer=mse", 'ranges={"*": mse}'):
+        refused = rerun(finished, "--set", f"calibrate.{key}")
+        assert refused.returncode == 3
+        assert "calibrate.ranges and calibrate.observer change nothing" in refused.stderr
+    refused = finished.kdpipe("calibrate", "--sizes", "4")
+    assert refused.returncode == 3
+    assert "--set calibrate.ranges_file=null" in refused.stderr
+    leave_out = ("--set", "calibrate.ranges_file=null")
+    assert finished.kdpipe("calibrate", "--sizes", "4", *leave_out).returncode == 0
 
 
 def test_a_tensor_may_have_another_observer_or_a_given_range(finished):
