@@ -220,6 +220,7 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
             resumed,
             params.threads,
         )
+        _finish(trainer.loggers)
     if not trainer.is_global_zero:
         return {}
     best_epoch = _keep_weights(best, module, folder)
@@ -377,6 +378,13 @@ def _loggers(params: DistillParams, folder: Path) -> list[Logger]:
     return found
 
 
+def _finish(loggers: Sequence[Logger]) -> None:
+    """Else a second training of this process would be logged as the first one going on."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
 def _resume_point(folder: Path) -> Path | None:
     """The checkpoint of the last epoch that was written whole."""
     found = sorted(folder.glob("last-epoch=*.ckpt"), key=_epoch_of, reverse=True)
@@ -441,3 +449,15 @@ def _fit(
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
         torch.set_num_threads(threads_before)
+        if trainer.is_global_zero:
+            _take_host_from_names(trainer.loggers)
+
+
+def _take_host_from_names(loggers: list[Logger]) -> None:
+    """TensorBoard calls its files after the host; a run folder names none."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.close()
+            for path in Path(logger.log_dir).glob("*.tfevents.*"):
+                kind, _, rest = path.name.partition(".tfevents.")
+                path.rename(path.with_name(f"{kind}.tfevents.{rest.partition('.')[0]}"))

@@ -127,6 +127,8 @@ def test_a_run_folder_can_move_and_names_no_path_of_this_machine(finished, tmp_p
         if not path.is_relative_to(logs):
             assert str(tmp_path.parent).encode() not in path.read_bytes(), path
             assert b"/site-packages/" not in path.read_bytes(), path
+    (events,) = logs.rglob("*tfevents*")  # TensorBoard puts the host's name into its own
+    assert re.fullmatch(r"events\.out\.tfevents\.\d+", events.name)
 
 
 def test_the_user_gets_words_on_stderr_and_json_on_stdout(finished):
