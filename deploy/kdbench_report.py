@@ -284,7 +284,7 @@ def table(document: dict[str, Any]) -> str:
         f"device         {(document['device'] or {}).get('name', 'none')}, at most "
         f"{shown(heat['hottest_c'], ' C')} and {shown(max(watts, default=None), ' W')}"
         + (f" ({heat['reason']})" if heat["reason"] else "")
-        + f", link x{shown(link['width'], '', 0)}"
+        + (", link null" if link["width"] is None else f", link x{link['width']}")
         + (f" ({link['reason']})" if link["reason"] else "")
     )
     word = document["verdict"]

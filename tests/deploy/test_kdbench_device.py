@@ -186,7 +186,7 @@ def test_heat_and_power_are_read_each_second_while_measuring(for_metis, tmp_path
     )  # fmt: skip
     for when in ("heat_before", "heat_after"):
         assert (found[when]["temperature_c"], found[when]["power_w"]) == (61, 8)
-        assert found[when]["clocks"] == {"clock_profile": "800"}
+        assert found[when]["clocks"]["clock_profile"] == "800"
     assert found["verdict"]["word"] == "SMOKE"
     watched, (run,) = found["heat_during"], found["passes"]
     assert watched["source"] == "axmonitor, each second"
@@ -213,6 +213,14 @@ def test_of_two_cards_the_measured_one_is_watched(for_metis, tmp_path):
     found = for_metis().measured("--device=metis-0:2:0", FAKE_DEVICES=2, PATH=path)
     assert found["heat_before"]["temperature_c"] == 41
     assert found["heat_before"]["reason"] == "axmonitor shows no power"
+
+
+def test_a_clock_that_somebody_set_meanwhile_is_invalid(for_metis):
+    found = for_metis().measured("--scenario=single-stream", FAKE_CLOCK="800,400")
+    assert found["verdict"]["word"] == "INVALID"
+    assert found["verdict"]["reasons"][0].startswith(
+        "clocks changed from {'clock_profile': '800'} to {'clock_profile': '400'}; "
+    )
 
 
 def test_heat_is_invalid(for_metis):

@@ -10,7 +10,7 @@ Environment, read at every call:
     FAKE_BUSY          "1": another process holds the cores
     FAKE_FAIL          "list", "connect", "load", "instance" or "run": InternalError at that call
     FAKE_LATENCY_MS    a run takes at least this long (0); with double buffering a fifth less
-    FAKE_CLOCK         clock_profile in the device's configuration (800)
+    FAKE_CLOCK         clock_profile in the device's configuration (800); "800,400": it changes
     FAKE_DELAY         how many runs later results arrive with double buffering (2, as documented)
     FAKE_CACHE         "1": an input that was seen before is answered from memory
     FAKE_OLDEST        oldest format of a model that loads; model.json of the stand-in's own has it
@@ -109,6 +109,7 @@ class Context(_Object):
         if _env("FAKE_HIDE", 0):
             sys.modules["onnxruntime"] = None
         self.free = CORES
+        self._looks = 0
         self.lock = threading.Lock()
 
     def __enter__(self) -> Context:
@@ -124,7 +125,11 @@ class Context(_Object):
 
     def read_device_configuration(self, device: DeviceInfo) -> dict[str, str]:
         self._check()
-        return {"clock_profile": os.environ.get("FAKE_CLOCK", "800")}
+        self._looks += 1
+        clocks = os.environ.get("FAKE_CLOCK", "800").split(",")
+        # The idle clock is invented: a configuration may hold more than what was set.
+        idle = {"idle_clock": str(self._looks)}
+        return {"clock_profile": clocks[min(self._looks, len(clocks)) - 1], **idle}
 
     def load_model(self, path: str | Path) -> Model:
         _fail_if("load")
