@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import softmax
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score, recall_score
 
 if TYPE_CHECKING:
@@ -92,6 +93,12 @@ def cosines(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[n
     safe = np.where(norms > 0, norms, 1)
     result: NDArray[np.float64] = np.where(norms > 0, (a * b).sum(axis=1) / safe, without_direction)
     return result
+
+
+def proportion_interval(fraction: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction that was counted on n rows (Wilson 1927)."""
+    found = binomtest(round(fraction * n), n).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def paired_difference(

@@ -223,6 +223,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     figure: Figure
+    interval95: tuple[float, float]  # of the figure, as a fraction
 
 
 class LegRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -50,6 +50,11 @@ def test_the_student_learns_and_int8_keeps_what_it_learned(finished):
     assert rows["teacher ensemble", "validation split"]["value"] > 0.95
     assert rows["test_byobnet float", "test split"]["value"] > 0.6  # chance is 0.33
     assert rows["test_byobnet int8", "test split"]["n"] == 90
+    page = (finished.artifact("benchmark_report") / "report.md").read_text()
+    for row in report["accuracy"]:
+        low, high = row["interval95"]
+        assert low <= row["figure"]["value"] <= high
+        assert f" {low:.4f} to {high:.4f} | {row['figure']['n']} " in page
 
 
 def test_everything_measured_here_says_it_is_an_emulation(finished):

@@ -181,13 +181,15 @@ def _report(
 
 def _accuracy(job: Job, measurement: Measurement) -> Iterator[Row]:
     """Teachers, float student, int8 on the host, int8 where it was measured."""
+    from pipeline.metrics import proportion_interval
     from pipeline.report import Figure, Row
 
     teachers, student = job.facts["ingest"]["teachers"], job.facts["distill"]["student"]
     int8, test = job.facts["calibrate"], measurement.top1_test
 
     def row(name: str, value: float, on: Any, n: int, split: str) -> Row:  # noqa: ANN401 - a Literal
-        return Row(name, Figure(value, "fraction", on, n, f"{split} split"))
+        figure = Figure(value, "fraction", on, n, f"{split} split")
+        return Row(name, figure, proportion_interval(value, n))
 
     n_val = teachers["n_val"]
     for member in teachers["members"]:

@@ -10,6 +10,7 @@ from pipeline.metrics import (
     agreement,
     cosines,
     paired_difference,
+    proportion_interval,
     sqnr_db,
     top1,
     undisputed_agreement,
@@ -63,6 +64,14 @@ def test_the_interval_holds_the_shrunk_difference_and_turns_with_the_sides(rows)
     assert -1 <= low <= high <= 1
     assert back == pytest.approx(-difference)
     assert (back_low, back_high) == pytest.approx((-high, -low))
+
+
+def test_the_interval_of_a_fraction_is_wilsons():
+    # 81 of 263: Newcombe 1998, table I
+    assert proportion_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    low, high = proportion_interval(1.0, 60)
+    assert 0.93 < low < 0.95
+    assert high == 1.0
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
