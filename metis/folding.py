@@ -14,6 +14,7 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from metis.backend import BackendError
+from metis.operator_graph import constant_nodes
 from metis.operators import check_model
 
 if TYPE_CHECKING:
@@ -94,13 +95,11 @@ def _with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose constants are all initializers."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    kept = []
-    for node in result.graph.node:
-        if node.op_type == "Constant":
-            value = numpy_helper.to_array(node.attribute[0].t)
-            result.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
-        else:
-            kept.append(node)
+    for name, tensor in constant_nodes(result.graph.node):
+        initializer = result.graph.initializer.add()
+        initializer.CopyFrom(tensor)
+        initializer.name = name
+    kept = [node for node in result.graph.node if node.op_type != "Constant"]
     del result.graph.node[:]
     result.graph.node.extend(kept)
     return result
@@ -254,17 +253,19 @@ def _as_conv(
 
 
 def _plain_gemm(node: onnx.NodeProto, constants: dict[str, Array], new: dict[str, Array]) -> None:
-    """Set transB 1, alpha and beta 1: every row of the weight is one output channel."""
+    """Set transB 1, alpha and beta 1: a row of the weight, a value of the bias per output."""
     given = attributes_of(node)
     alpha, beta = given.get("alpha", 1.0), given.get("beta", 1.0)
-    if given.get("transB", 0) and alpha == beta == 1:
+    flat = len(node.input) < 3 or constants[node.input[2]].ndim == 1
+    if given.get("transB", 0) and alpha == beta == 1 and flat:
         return
     weight = constants[node.input[1]].astype(np.float64) * alpha
     names = [node.input[0], f"{node.output[0]}/weight"]
     new[names[1]] = weight if given.get("transB", 0) else weight.T
     if len(node.input) > 2:
         names.append(f"{node.output[0]}/bias")
-        new[names[2]] = constants[node.input[2]].astype(np.float64) * beta
+        bias = constants[node.input[2]].astype(np.float64) * beta  # one value, or a row of them
+        new[names[2]] = np.broadcast_to(bias.ravel(), len(new[names[1]]))
     del node.input[:]
     node.input.extend(names)
     del node.attribute[:]

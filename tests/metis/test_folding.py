@@ -82,6 +82,17 @@ def test_ends_that_the_chip_lacks_go_to_the_host():
     assert np.allclose(found, one_by_one(model, batch), atol=1e-5)
 
 
+def test_constants_may_be_numbers_in_a_node():
+    nodes = [
+        helper.make_node("Constant", [], ["two"], value_float=2.0),
+        helper.make_node("Mul", ["input", "two"], ["double"]),
+        helper.make_node("Relu", ["double"], ["logits"]),
+    ]
+    model = student(nodes, (4, 6, 6), {})
+    parts, batch = prepare(model), frames(model)
+    assert np.allclose(run_graphs([(parts.core, {})], batch), one_by_one(model, batch))
+
+
 def test_an_operator_in_the_middle_is_refused_by_name():
     random = RANDOM(1)
     model = student(

@@ -189,6 +189,22 @@ def test_other_operators(name):
     assert_bit_exact(student([first, *nodes], (8, 10, 10), constants), frames)
 
 
+@pytest.mark.parametrize("bias", [(), (1,), (1, 5), (5,)])
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "beta": 2.0}, {"transB": 1}])
+def test_dense_layers(bias, options):
+    """Whatever form a Gemm has: a bias of one value, a row, or a vector."""
+    random = RANDOM(5)
+    shape = (5, 8) if options.get("transB") else (8, 5)
+    nodes = [
+        MAKE("GlobalAveragePool", ["input"], ["pooled"]),
+        MAKE("Flatten", ["pooled"], ["flat"]),
+        MAKE("Gemm", ["flat", "w", "b"], ["logits"], **options),
+    ]
+    constants = {"w": weights(random, *shape), "b": np.asarray(weights(random, *bias, 1)[..., 0])}
+    frames = random.normal(0.3, 2, (16, 8, 4, 4)).astype(np.float32)
+    assert_bit_exact(student(nodes, (8, 4, 4), constants, out_rank=2), frames)
+
+
 @pytest.mark.parametrize("observer", ["min_max", "mse", "percentile", "entropy"])
 @pytest.mark.parametrize("seed", range(3))
 def test_whole_networks(seed, observer):
