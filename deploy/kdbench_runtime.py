@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 import zipfile
 from importlib import import_module, metadata
 from pathlib import Path
@@ -133,6 +134,7 @@ class AxeleraRuntime:
         self.version = f"axelera-rt {_version(self._library)}"
         self._compiled_by = str(bundle.index["backend"])
         self._batch = bundle.batch
+        self._opening = threading.Lock()
         self.instances = AIPU_CORES // bundle.batch
         try:
             self._context = self._library.Context()
@@ -206,7 +208,14 @@ class AxeleraRuntime:
                     )
 
     def open_instance(self, *, double_buffer: bool = False) -> AxeleraInstance:
-        """Reserve as many cores as one call needs and load a copy of the model on them."""
+        """Reserve as many cores as one call needs and load a copy of the model on them.
+
+        One thread after the other: no page says that a context takes two calls at a time.
+        """
+        with self._opening:
+            return self._open(double_buffer)
+
+    def _open(self, double_buffer: bool) -> AxeleraInstance:
         try:
             connection = self._context.device_connect(self._info.name, num_sub_devices=self._batch)
         except Exception as error:
@@ -282,7 +291,8 @@ class AxeleraInstance:
 
     def close(self) -> None:
         """Free the cores."""
-        self._connection.release()
+        with self._runtime._opening:
+            self._connection.release()
 
 
 RUNTIMES: dict[str, type[OnnxRuntime] | type[AxeleraRuntime]] = {
