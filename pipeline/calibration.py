@@ -61,6 +61,12 @@ class Recipe:
     equalization: bool = False
     weight_clipping: bool = False
 
+    def under(self, scheme: str) -> Recipe:
+        """The same under this scheme; observer and given ranges were chosen for one scheme."""
+        if scheme == self.scheme:
+            return self
+        return replace(self, scheme=scheme, observer=None, given=None)
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -168,8 +174,7 @@ def variants(
     tried = {"as configured": recipe}
     for scheme in SCHEMES:
         if scheme != recipe.scheme:
-            # Given ranges were chosen for one scheme.
-            tried[f"scheme {scheme}"] = replace(recipe, scheme=scheme, observer=None, given=None)
+            tried[f"scheme {scheme}"] = recipe.under(scheme)
     if recipe.bias_correction:
         tried["without bias correction"] = replace(recipe, bias_correction=False)
     if recipe.weight_clipping:

@@ -98,8 +98,8 @@ def choose_samples(
     if total < count:
         others = ", ".join(f"{len(rows)} {words}" for words, rows in left_out.items())
         raise InputError(
-            f"calibrate.samples is {count}, but the training split has only {total} different "
-            f"images that can calibrate{others and f' ({others})'}; ask for fewer"
+            f"{count} calibration samples are asked for, but the training split has only {total} "
+            f"different images that can calibrate{others and f' ({others})'}; ask for fewer"
         )
     shares = _shares([len(queue) for queue in queues], count)
     chosen = [index for queue, share in zip(queues, shares, strict=True) for index in queue[:share]]

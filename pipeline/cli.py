@@ -356,10 +356,10 @@ def calibrate(
     files = {n: runner.folder / a.path for n, a in runner.state.manifest.artifacts.items()}
     params = settings.params["calibrate"]
     rows = []
-    if not as_json:
-        click.echo("samples  top-1   agreement  SQNR     on validation, host-emulation")
     for row in curve(files, params, settings.seed, numbers, lambda n: None):
         rows.append(row)
+        if not as_json and len(rows) == 1:
+            click.echo("samples  top-1   agreement  SQNR     on validation, host-emulation")
         if not as_json:
             sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
             click.echo(

@@ -100,10 +100,11 @@ def run(job: Job, params: CalibrateParams) -> Facts:
     recipe = recipe_of(params, job.sources.get("ranges_file"))
     with job.progress("watch activations", len(np.load(samples, mmap_mode="r"))) as bar:
         calibrated = watched(job.inputs["student"], samples, recipe, bar.update)
-    ranges = calibrated.ranges(recipe)
-    onnx.save(calibrated.baked(recipe, ranges), job.outputs["baked_student"])
-    ranges.save(job.outputs["ranges"])
-    facts = {"calibration": described, **_quantized(job, params, samples, given)}
+    baked = calibrated.baked(recipe, calibrated.ranges(recipe))
+    onnx.save(baked, job.outputs["baked_student"])
+    facts = {"calibration": described, **_quantized(job, params, calibrated, recipe, given)}
+    recipe = recipe.under(facts["scheme"])  # of several that were tried
+    calibrated.ranges(recipe).save(job.outputs["ranges"])
     facts.update(_examined(job, params, calibrated, recipe, given))
     operators = {node.op_type for node in calibrated.parts.core.graph.node}
     facts["suggestions"] = suggestions(facts, recipe, operators)
@@ -131,7 +132,11 @@ def _write_set(job: Job, params: CalibrateParams, given: StudentInput) -> dict[s
 
 
 def _quantized(
-    job: Job, params: CalibrateParams, samples: Path, given: StudentInput
+    job: Job,
+    params: CalibrateParams,
+    calibrated: Calibrated,
+    recipe: Recipe,
+    given: StudentInput,
 ) -> dict[str, Any]:
     """The backend's int8 model; with the SDK, the emulator's figures beside the SDK's own."""
     from metis.emulator import arithmetic
@@ -145,15 +150,15 @@ def _quantized(
     backend = open_backend(str(params.backend), options)
 
     def quantize(scheme: str, into: Path) -> QuantizedModel:
+        calibrated.ranges(recipe.under(scheme)).save(job.outputs["ranges"])
         with job.progress(f"{scheme} with {backend.name}", params.samples) as bar:
             return backend.quantize(
                 job.outputs["baked_student"],
-                samples,
+                job.outputs["calibration_set"] / "samples.npy",
                 into,
                 scheme=scheme,
                 progress=bar.update,
-                # They were chosen for one scheme; with another the backend observes by itself.
-                ranges=job.outputs["ranges"] if scheme == params.scheme else None,
+                ranges=job.outputs["ranges"],
             )
 
     model, figures, tried = quantize_best(
@@ -171,8 +176,9 @@ def _quantized(
         **figures,
     }
     if backend.name != "emulator":
+        calibrated.ranges(recipe.under(model.scheme)).save(job.outputs["ranges"])
         files = job.outputs["baked_student"], job.outputs["ranges"]
-        with emulated(*files, params.scheme) as other:
+        with emulated(*files, model.scheme) as other:
             facts["emulator"] = compare_int8(job.inputs["student"], other, given, val)
     return facts
 
@@ -212,7 +218,7 @@ def _examined(
             found = calibration.sensitivity(
                 job.outputs["baked_student"],
                 calibrated.ranges(recipe),
-                params.scheme,
+                recipe.scheme,
                 frames[few],
                 labels[few],
                 bar.update,
