@@ -282,8 +282,7 @@ def parse_report(data: bytes) -> BenchmarkReport:
     except msgspec.DecodeError as error:
         raise ReportError(f"not a benchmark report: {error}") from error
     _check_origin(report.measurement)
-    if report.estimate is not None:
-        _check_estimate(report.estimate, "estimate")
+    _check_rest(report)
     if report.contract != report.measurement.contract:
         raise ReportError(
             f"the report's contract is {report.contract}, the measurement's "
@@ -316,42 +315,43 @@ def _check_origin(measurement: Measurement) -> None:
         raise ReportError("runtime onnxruntime has no device to read heat, power or a driver of")
     if emulated and measurement.link.width is not None:
         raise ReportError("runtime onnxruntime has no device to read a PCIe link of")
-    for name, measured_on in _origins(measurement):
+    for where, measured_on in _origins(msgspec.to_builtins(measurement), "measurement"):
         if measured_on != truth:
             raise ReportError(
-                f"{name} says measured_on {measured_on}, but runtime {measurement.runtime} "
+                f"{where} says measured_on {measured_on}, but runtime {measurement.runtime} "
                 f"measures {truth}"
             )
 
 
-def _check_estimate(tree: Any, where: str) -> None:  # noqa: ANN401 - a JSON tree
-    """Nothing in an estimate says that it was measured."""
+def _check_rest(report: BenchmarkReport) -> None:
+    """Beside the measurement and its own row of top-1, no figure came from a device."""
+    measured = report.measurement.top1_test
+    for number, row in enumerate(report.accuracy):
+        same = (row.figure.value, row.figure.n) == (measured.value, measured.n)
+        if row.figure.measured_on == "device" and not (same and measured.measured_on == "device"):
+            raise ReportError(
+                f"accuracy[{number}] says measured_on device, but kdbench measured another top-1"
+            )
+    tree = msgspec.to_builtins(report)
+    del tree["accuracy"], tree["measurement"]
+    for where, measured_on in _origins(tree, "report"):
+        if where.startswith("report.estimate"):
+            if measured_on != "estimate":
+                raise ReportError(f"{where} says measured_on {measured_on}; it is an estimate")
+        elif measured_on == "device":
+            raise ReportError(f"{where} says measured_on device, but it is the host's")
+
+
+def _origins(tree: Any, where: str) -> Iterator[tuple[str, str]]:  # noqa: ANN401 - a JSON tree
+    """Every `measured_on`, and where it stands."""
     if isinstance(tree, dict):
-        if tree.get("measured_on", "estimate") != "estimate":
-            raise ReportError(f"{where} says measured_on {tree['measured_on']}; it is an estimate")
+        if "measured_on" in tree:
+            yield where, tree["measured_on"]
         for name, value in tree.items():
-            _check_estimate(value, f"{where}.{name}")
+            yield from _origins(value, f"{where}.{name}")
     elif isinstance(tree, list):
-        for value in tree:
-            _check_estimate(value, where)
-
-
-def _origins(measurement: Measurement) -> Iterator[tuple[str, str]]:
-    yield "the report", measurement.measured_on
-    yield "accuracy", measurement.accuracy.measured_on
-    for name in ("load_ms", "first_inference_ms", "overhead_share", "throughput", "top1_test"):
-        figure = getattr(measurement, name)
-        if figure is not None:
-            yield name, figure.measured_on
-    for mode in measurement.throughput_modes:
-        yield f"throughput ({mode.scope})", mode.measured_on
-    for latency in measurement.latency:
-        yield f"latency ({latency.scope})", latency.measured_on
-    for run in measurement.passes:
-        yield f"{run.scenario}, repeat {run.repeat}", run.measured_on
-    yield "repetition", measurement.repetition.measured_on
-    for minute in measurement.soak:
-        yield f"soak (minute {minute.minute})", minute.measured_on
+        for number, value in enumerate(tree):
+            yield from _origins(value, f"{where}[{number}]")
 
 
 def summary_lines(report: BenchmarkReport) -> list[str]:

@@ -53,6 +53,27 @@ def test_an_emulated_figure_that_calls_itself_a_devices_fails(tree, path):
         parse(tree)
 
 
+def origins(tree):
+    """Every mapping of a JSON tree that says where it was measured."""
+    if isinstance(tree, dict):
+        yield from [tree] if "measured_on" in tree else []
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(value, dict | list):
+            yield from origins(value)
+
+
+def test_no_figure_of_an_emulation_can_be_renamed(tree):
+    found = list(origins(tree))
+    assert len(found) > 40
+    for figure in found:
+        honest = figure["measured_on"]
+        figure["measured_on"] = "device"
+        with pytest.raises(ReportError, match="says measured_on device"):
+            parse(tree)
+        figure["measured_on"] = honest
+    parse(tree)
+
+
 @pytest.mark.parametrize("path", FIGURES)
 def test_a_figure_without_its_origin_fails(tree, path):
     figure = tree["measurement"]
