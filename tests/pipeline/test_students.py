@@ -95,8 +95,13 @@ def test_a_network_that_cannot_take_the_input_is_refused():
 
 
 def test_aliases_mean_a_network_at_its_size():
-    small = build_student("mobilenetv3s", student_input(size=32), 17, seed=0)
-    assert parameter_count(small) == 1_535_281
+    for name, size, millions in (
+        ("mobilenetv3s", 32, 1.54),
+        ("mobilenetv4m", 224, 8.46),
+        ("efficientnet_b0", 32, 4.03),
+    ):
+        student = build_student(name, student_input(size=size), 17, seed=0)
+        assert round(parameter_count(student) / 1e6, 2) == millions
     with pytest.raises(InputError, match="mobilenetv4m means mobilenetv4_conv_medium at 224x224"):
         build_student("mobilenetv4m", student_input(size=32), 17, seed=0)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from pipeline.distillation import Distillation, lr_factor
@@ -155,6 +156,9 @@ def test_it_learns_and_keeps_the_best_epochs(tmp_path):
         "metrics.csv",
         "student.safetensors",
     ]
+    for name, score in zip(("best-1", "best-2"), sorted(curve, reverse=True), strict=False):
+        student.load_state_dict(load_file(tmp_path / "out" / f"{name}.safetensors"))
+        assert (answers_of(student, val) == val.labels).mean() == pytest.approx(score)
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_parts(tmp_path):
@@ -382,6 +386,39 @@ def test_every_way_to_train_learns(tmp_path, params):
     _, _, rows = fit(tmp_path, **params)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert max(row["val_top1"] for row in rows) > 0.6
+
+
+PLAIN = {"schedule": "constant", "warmup_epochs": 0, "weight_decay": 0.0, "epochs": 1}
+
+
+def test_two_batches_accumulated_are_one_of_twice_the_size(tmp_path):
+    """On a network without batch normalization, which would see the halves one by one."""
+    given = {**PLAIN, "student": "test_convnext", "size": 32, "optimizer": "sgd"}
+    one, _, _ = fit(tmp_path / "one", batch_size=30, **given)
+    two, facts, _ = fit(tmp_path / "two", batch_size=15, accumulate_batches=2, **given)
+    assert facts["steps"] == 3
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in one.modules())
+    torch.testing.assert_close(weights(two), weights(one), atol=1e-5, rtol=0)
+
+
+def test_gradients_are_clipped_to_their_norm_and_logged_before(tmp_path):
+    clip = 0.01
+    start = weights(task(tmp_path / "start").network())
+    given = {**PLAIN, "batch_size": 90, "optimizer": "sgd", "gradient_clip": clip}
+    student, _, rows = fit(tmp_path / "one", **given)  # one step; Nesterov makes it 1.9 times
+    assert rows[0]["grad_norm"] > 10 * clip
+    assert (weights(student) - start).norm().item() == pytest.approx(0.01 * 1.9 * clip, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_every_training_is_a_run_of_its_own_in_weights_and_biases(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("student", "no_teacher"):
+        given = task(tmp_path / name, loggers=("wandb",), epochs=1, taught=name == "student")
+        train(given, quiet)
+        assert len(list((tmp_path / name / "logs" / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_early_stopping_waits_for_its_patience(tmp_path):

@@ -11,7 +11,7 @@ from pipeline.recipe import (
     float_part,
     loss_in_words,
 )
-from pipeline.stage import InputError
+from pipeline.stage import ExtraMissingError, InputError
 from pipeline.stages.distill import gates, ready, timm_networks
 
 
@@ -132,6 +132,19 @@ def test_the_record_says_what_was_trained_and_that_the_export_is_equal(finished)
     assert facts["export"]["max_abs_logit_difference"] < 1e-3
     assert facts["export"]["top1_agreement"] == 1.0
     assert facts["epochs"] == 2
+
+
+def test_tensorboard_gets_every_part_of_the_loss(finished):
+    (events,) = (finished.folder / "logs" / "distill-1" / "student").glob("events.out.tfevents.*")
+    found = events.read_bytes()
+    for tag in (b"hard_loss", b"soft_loss", b"grad_norm", b"val_top1"):
+        assert found.count(tag) >= 2, tag  # epochs
+
+
+def test_a_logger_that_is_not_installed_is_asked_for(monkeypatch):
+    monkeypatch.setattr("pipeline.stage.find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(ExtraMissingError, match=r"wandb not installed; .*kdpipe\[wandb\]"):
+        ready(DistillParams(loggers=("wandb",)))
 
 
 def test_the_same_seed_gives_the_same_student(finished):
