@@ -58,6 +58,7 @@ def choose_samples(
     classes: int,
     seed: int,
     unfit: Mapping[str, Collection[int]] | None = None,
+    asker: str = "calibrate.samples",
 ) -> Choice:
     """Draw training samples, every class in its share and no image twice, in a random fixed order.
 
@@ -67,6 +68,7 @@ def choose_samples(
         classes: number of classes.
         seed: of the choice and the order.
         unfit: by the keys of UNFIT, rows of the split that ingest found unfit.
+        asker: who says how many, for the error.
 
     Raises:
         InputError: there are not as many different images.
@@ -98,8 +100,8 @@ def choose_samples(
     if total < count:
         others = ", ".join(f"{len(rows)} {words}" for words, rows in left_out.items())
         raise InputError(
-            f"{count} calibration samples are asked for, but the training split has only {total} "
-            f"different images that can calibrate{others and f' ({others})'}; ask for fewer"
+            f"{asker} is {count}, but the training split has only {total} different images that "
+            f"can calibrate{others and f' ({others})'}; ask for fewer"
         )
     shares = _shares([len(queue) for queue in queues], count)
     chosen = [index for queue, share in zip(queues, shares, strict=True) for index in queue[:share]]

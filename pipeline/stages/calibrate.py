@@ -263,7 +263,7 @@ def curve(
     train, val = (DatasetSplit.load(inputs["dataset"] / name) for name in ("train", "val"))
     classes = len(load_contract(inputs["contract"]).labels)
     unfit = json.loads(inputs["unfit"].read_text())
-    indices = choose_samples(train, max(sizes), classes, seed, unfit).indices
+    indices = choose_samples(train, max(sizes), classes, seed, unfit, "--sizes").indices
     val = val.spread(calibration.COMPARED)
     frames = student_tensor(val.images, given)
     exact = reference_logits(inputs["student"], frames)

@@ -72,7 +72,7 @@ def test_no_image_is_taken_twice():
     (words,) = choose_samples(train, 50, 2, seed=0).warnings()
     assert words.startswith("10 training patches repeat another and were not taken")
     with pytest.raises(
-        InputError, match=r"^51 calibration samples .* only 50 different images .*10 repeat"
+        InputError, match=r"calibrate.samples is 51, but .* only 50 different images .*10 repeat"
     ):
         choose_samples(train, 51, 2, seed=0)
 
@@ -255,7 +255,7 @@ def test_the_curve_of_sample_sizes_writes_nothing(finished):
     assert finished.kdpipe("calibrate", "--sizes", "many").returncode == 2
     too_many = finished.kdpipe("calibrate", "--sizes", "2000")
     assert too_many.returncode == 3
-    assert "has only" in too_many.stderr
+    assert "--sizes is 2000, but the training split has only" in too_many.stderr
 
 
 def test_the_hybrid_scheme_goes_all_the_way(finished):
