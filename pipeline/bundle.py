@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import tarfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.manifest import folder_files
 from pipeline.stage import InputError, StageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -121,23 +122,34 @@ def write_whole(state: RunState, dest: Path) -> int:
     Raises:
         InputError: there is something already, or it can't be written there.
     """
-    if dest.exists():
-        raise InputError(f"{dest} exists; choose another name, or remove it")
     artifacts = {name: state.artifact(name) for name in BUNDLED}
     inputs = {name: state.folder / found.path for name, found in artifacts.items() if found}
     params = state.config.params["benchmark"]
+    with new_folder(dest) as folder:
+        assemble_bundle(
+            inputs, folder, golden_samples=params.golden_samples, limits=params.bundle_limits
+        )
+    return sum(1 for _ in folder_files(dest))
+
+
+@contextmanager
+def new_folder(dest: Path) -> Iterator[Path]:
+    """A folder to fill that becomes dest when the block ends, and vanishes when it fails.
+
+    Raises:
+        InputError: there is something already, or it can't be written there.
+    """
+    if dest.exists():
+        raise InputError(f"{dest} exists; choose another name, or remove it")
     partial = dest.with_name(f".{dest.name}.partial")
     try:
         partial.mkdir(parents=True)
-        assemble_bundle(
-            inputs, partial, golden_samples=params.golden_samples, limits=params.bundle_limits
-        )
+        yield partial
         partial.replace(dest)
     except OSError as error:
         raise InputError(f"can't write {dest}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return sum(1 for _ in folder_files(dest))
 
 
 def _golden(inputs: Mapping[str, Path], count: int) -> dict[str, NDArray[np.generic]]:

@@ -138,7 +138,11 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON 
 _debug_option = click.option("--debug", is_flag=True, help="Show tracebacks; keep what failed.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 a stage failed, 2 wrong words or configuration, 3 an input, 4 a "
+    "gate said no, 5 a tool is missing, 6 the device, 7 the benchmark is invalid, 130 interrupted.",
+)
 @click.version_option(package_name="kdpipe")
 def commands() -> None:
     """From a teacher ensemble in ONNX to an int8 student on Axelera Metis, with proof."""
@@ -199,7 +203,7 @@ def run(
         _print_json({"run": settings.run, "ran": ran, "report": shown})
 
 
-@commands.command()
+@commands.command(short_help="What is fresh, stale or failed, and why.")
 @_config_options
 @click.option("--why", metavar="STAGE", help="Every reason of one stage, in full.")
 @_json_option
@@ -212,7 +216,7 @@ def status(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Per stage: fresh, stale, missing, failed or interrupted, and the reason in words."""
+    """Per stage: fresh, stale, missing, running, failed or interrupted, and the reason."""
     stages = load_stages()
     if why is not None:
         _known(why, tuple(stages))
@@ -234,7 +238,7 @@ def status(
             click.echo(f"{name:<10} {examination.state:<11} {_shorten(examination.reason)}")
 
 
-@commands.command()
+@commands.command(short_help="Hash every artifact again.")
 @_config_options
 @click.option(
     "--parity",
@@ -284,7 +288,7 @@ def verify(
         raise ParityError("; ".join(f"parity, {leg.name}: {leg.words()}" for leg in failed))
 
 
-@commands.command()
+@commands.command(short_help="Ask the teachers now, in parts.")
 @_config_options
 @click.option("--shard", metavar="I/N", default="1/1", help="Every N-th block, from the I-th on.")
 @click.option("--check", is_flag=True, help="Say what is missing; ask nobody.")
@@ -323,7 +327,7 @@ def label(
         raise InputError(f"{missing} blocks are missing; `kdpipe run` or another shard makes them")
 
 
-@commands.command()
+@commands.command(short_help="int8 by number of calibration patches.")
 @_config_options
 @click.option("--sizes", default="16,64,256", show_default=True, help="Numbers of samples.")
 @_json_option
@@ -370,7 +374,7 @@ def calibrate(
         _print_json({"run": settings.run, "curve": rows})
 
 
-@commands.command()
+@commands.command(short_help="Write the folder that travels to a device.")
 @click.argument("dest", type=click.Path(path_type=Path))
 @_config_options
 @click.option("--tar", is_flag=True, help="Also write DEST.tar.gz; its bytes depend on DEST alone.")
@@ -400,7 +404,54 @@ def bundle(
         click.echo(f"wrote {_beside_here(archive)}: sha256 {pack_bundle(dest, archive)}")
 
 
-@commands.command()
+@commands.command(short_help="The float student for other runtimes.")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(["onnx", "torchscript", "tflite", "dynamic-int8"]),
+    multiple=True,
+    default=("onnx", "torchscript", "dynamic-int8"),
+    show_default=True,
+    help="May be given several times; tflite needs the extra `tflite`.",
+)
+@_config_options
+@_json_option
+@_debug_option
+def export(
+    dest: Path,
+    formats: Sequence[str],
+    config: Path,
+    run_name: str | None,
+    changes: Sequence[str],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Write the float student for runtimes other than the chip's; each file is compared first.
+
+    For a Metis card use `kdpipe bundle`. dynamic-int8 rounds the weights of linear layers alone,
+    which is little of a convolutional network; the sizes show how little.
+    """
+    from pipeline.other_formats import export_formats
+
+    stages = load_stages()
+    settings = load_config(config, stages, changes=changes, run=run_name)
+    runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
+    runner.require_inputs("calibrate")
+    written = export_formats(runner.state, dest, dict.fromkeys(formats))
+    if as_json:
+        _print_json({"run": settings.run, "files": [asdict(entry) for entry in written]})
+        return
+    click.echo("format        bytes       largest difference  same class  top-1    of logits, host")
+    for entry in written:
+        click.echo(
+            f"{entry.format:<12}  {entry.bytes:>10,}  {entry.max_abs_logit_difference:>18.2g}  "
+            f"{entry.top1_agreement:>10.2%}  {entry.top1_val:.4f}   n {entry.n_val}"
+        )
+    click.echo(f"wrote {_beside_here(dest)}")
+
+
+@commands.command(short_help="Runs in one table, or two benchmarks.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "-c",
@@ -442,7 +493,7 @@ def compare(runs: Sequence[str], config: Path, out: Path | None, debug: bool) ->
     _to_stderr(f"wrote {names}, decisions.csv in {_beside_here(target)}")
 
 
-@commands.command()
+@commands.command(short_help="Can the chip run this network?")
 @click.argument("model", metavar="MODEL.onnx|ARCH")
 @click.option("--size", type=click.IntRange(min=1), help="Input side of ARCH.  [default: 224]")
 @click.option(
@@ -481,7 +532,7 @@ def check(
         raise RefusedError(refusal)
 
 
-@commands.command()
+@commands.command(short_help="How fast would it be on a card?")
 @click.argument("model", metavar="MODEL.onnx|ARCH")
 @click.option("--size", type=click.IntRange(min=1), help="Input side of ARCH.  [default: 224]")
 @click.option(
@@ -536,7 +587,7 @@ def estimate(
         click.echo(line)
 
 
-@commands.command()
+@commands.command(short_help="Versions, SDK and device of this machine.")
 @_json_option
 @_debug_option
 def doctor(as_json: bool, debug: bool) -> None:
@@ -571,7 +622,7 @@ def init(folder: Path, debug: bool) -> None:
     click.echo(f"wrote {target}; fill in its paths, then:  cd {folder} && kdpipe run --dry-run")
 
 
-@commands.command()
+@commands.command(short_help="Somebody's settings as kdpipe's own.")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--alpha-is",
@@ -607,12 +658,12 @@ def convert(
         _to_stderr(f"note: {words}")
 
 
-@commands.group()
+@commands.group(short_help="Make synthetic data, to try kdpipe with.")
 def synth() -> None:
     """Make synthetic data, for tests and for trying kdpipe; never measured data."""
 
 
-@synth.command()
+@synth.command(short_help="In the form of So2Sat LCZ42.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--patches", type=click.IntRange(min=1), required=True, help="How many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of cities and patches.")

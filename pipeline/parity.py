@@ -182,6 +182,33 @@ def _exported(
     return images
 
 
+def trained_student(
+    params: DistillParams, weights: Path, given: StudentInput, classes: int
+) -> Module:
+    """The torch network that distill left; needs the extra `train`.
+
+    Args:
+        params: the section `distill`, which names the network.
+        weights: student.safetensors; of a folded student, with folded.onnx beside it.
+        given: the student's input.
+        classes: number of classes.
+    """
+    from safetensors.torch import load_file
+
+    from pipeline.quantization_aware import folded_network
+    from pipeline.students import build_student
+
+    network: Module
+    if params.quantization_aware.share:
+        network = folded_network(weights.with_name("folded.onnx"))
+    else:
+        network = build_student(
+            params.student, given, classes, seed=0, stem_stride=params.stem_stride
+        )
+    network.load_state_dict(load_file(weights))
+    return network
+
+
 def export_values(
     params: DistillParams,
     weights: Path,
@@ -193,26 +220,16 @@ def export_values(
     """Torch student against ONNX student, computed anew; needs the extra `train`.
 
     Args:
-        params: the section `distill`, which names the network.
-        weights: student.safetensors; of a folded student, with folded.onnx beside it.
+        params: see `trained_student`.
+        weights: see there.
         given: the student's input.
         classes: number of classes.
         onnx: the exported student.
         val: the patches.
     """
-    from safetensors.torch import load_file
+    from pipeline.students import torch_logits
 
-    from pipeline.quantization_aware import folded_network
-    from pipeline.students import build_student, torch_logits
-
-    network: Module
-    if params.quantization_aware.share:
-        network = folded_network(weights.with_name("folded.onnx"))
-    else:
-        network = build_student(
-            params.student, given, classes, seed=0, stem_stride=params.stem_stride
-        )
-    network.load_state_dict(load_file(weights))
+    network = trained_student(params, weights, given, classes)
     by_torch, by_onnx = answers(
         val.images, given, partial(torch_logits, network), reference_network(onnx)
     )
