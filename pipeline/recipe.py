@@ -117,6 +117,7 @@ def loss_in_words(params: DistillParams) -> str:
 def contradictions(params: DistillParams) -> list[tuple[bool, str]]:
     """Things that do not go together: whether they are asked for, and what is wrong with them."""
     soft = params.soft_weight > 0
+    processes = params.devices * params.num_nodes
     epochs = float_part(params).epochs
     return [
         (
@@ -173,9 +174,14 @@ def contradictions(params: DistillParams) -> list[tuple[bool, str]]:
             "and feature_weight are 0",
         ),
         (
-            params.num_nodes > 1 and not _in_a_job(),
+            params.num_nodes > 1 and not {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys(),
             "num_nodes is for torchrun or SLURM, started on every machine; nothing of theirs is in "
             "the environment",
+        ),
+        (
+            int(os.environ.get("WORLD_SIZE", processes)) != processes,
+            f"torchrun started {os.environ.get('WORLD_SIZE')} processes, but devices times "
+            f"num_nodes is {processes}",
         ),
         *_without_effect(params),
         *_quantization_aware_contradictions(params),
@@ -206,10 +212,6 @@ def _without_effect(params: DistillParams) -> list[tuple[bool, str]]:
         for f in fields(params)
         for used, what in [looked_at.get(f.name, (True, ""))]
     ]
-
-
-def _in_a_job() -> bool:
-    return "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
 
 
 def _quantization_aware_contradictions(params: DistillParams) -> list[tuple[bool, str]]:

@@ -98,6 +98,14 @@ def test_contradictions_are_refused(params, words, monkeypatch):
         ready(DistillParams(**params))
 
 
+def test_as_many_processes_as_were_started_must_be_wanted(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    ready(DistillParams(devices=2, num_nodes=2))
+    words = "torchrun started 4 processes, but devices times num_nodes is 1"
+    with pytest.raises(InputError, match=words):
+        ready(DistillParams())
+
+
 @pytest.mark.parametrize(
     ("epochs", "share", "first"), [(30, 0.1, 27), (6, 0.34, 4), (3, 0.01, 2), (8, 0.0, 8)]
 )
