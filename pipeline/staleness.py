@@ -45,7 +45,7 @@ class Examination:
     """The state of one stage, and why."""
 
     stage: str
-    state: str  # fresh, stale, missing, failed or interrupted
+    state: str  # fresh, stale, missing, running, failed or interrupted
     reason: str
     differences: tuple[Difference, ...] = ()
     #: Its artifacts may feed a stage that runs alone: nothing but tool versions differs, here and
@@ -86,12 +86,9 @@ class RunState:
         if record is None:
             return Examination(name, "missing", "it never ran")
         if record.status == "running":
-            holder = self.holder()
-            return Examination(
-                name,
-                "interrupted",
-                f"it runs now ({holder})" if holder else "its last attempt was killed",
-            )
+            if holder := self.holder():
+                return Examination(name, "running", f"it runs now ({holder})")
+            return Examination(name, "interrupted", "its last attempt was killed")
         wanted = self.key_parts(name)
         makers = [earlier[self.maker[needed]] for needed in self.stages[name].inputs]
         if record.status != "ok" and (not record.key or record.attempt_key == key_of(wanted)):

@@ -153,6 +153,7 @@ def test_two_at_once_one_works_and_the_other_names_it(finished):
     assert second.returncode == 3
     assert f"runs/tiny is in use by another kdpipe (pid {first.pid} since" in second.stderr
     state = json.loads(finished.kdpipe("status", "--json").stdout)["stages"]["distill"]
+    assert state["state"] == "running"
     assert state["reason"].startswith(f"it runs now (pid {first.pid} since")
     first.communicate(timeout=120)
     assert first.returncode == 0
