@@ -111,6 +111,15 @@ class _Bar(Callback):
         self._bar.update(1)
 
 
+class _EarlyStopping(EarlyStopping):
+    """Stops a training at once that had stopped before it was killed."""
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
+
 class _KeepHistory(Callback):
     """Writes the history as metrics.csv after every epoch."""
 
@@ -263,7 +272,7 @@ def _trainer(task: Task, callbacks: list[Callback]) -> lightning.Trainer:
     params = task.params
     if params.early_stop_patience is not None:
         patience = params.early_stop_patience
-        early = EarlyStopping(
+        early = _EarlyStopping(
             "val_top1", mode="max", patience=patience, check_on_train_epoch_end=True
         )
         callbacks = [*callbacks, early]

@@ -421,9 +421,23 @@ def test_every_training_is_a_run_of_its_own_in_weights_and_biases(tmp_path, monk
         assert len(list((tmp_path / name / "logs" / "wandb").glob("offline-run-*"))) == 1
 
 
-def test_early_stopping_waits_for_its_patience(tmp_path):
-    _, facts, rows = fit(tmp_path, learning_rate=1e-9, epochs=8, early_stop_patience=2)
-    assert len(rows) == facts["epochs"] == facts["best_epoch"] + 2
+def test_early_stopping_waits_for_its_patience_and_a_kill_then_changes_nothing(
+    tmp_path, monkeypatch
+):
+    given = {"learning_rate": 1e-9, "epochs": 8, "early_stop_patience": 2}
+    _, facts, rows = fit(tmp_path / "whole", **given)
+    assert len(rows) == facts["epochs"] == facts["best_epoch"] + 2 < 8
+
+    def killed(*words):
+        raise Killed
+
+    monkeypatch.setattr("pipeline.training._keep_weights", killed)
+    late = task(tmp_path / "killed", **given)
+    with pytest.raises(Killed):
+        train(late, quiet)
+    monkeypatch.undo()
+    assert {**train(late, quiet), "resumed_after_epoch": None} == facts
+    assert rows_of(tmp_path / "killed") == rows
 
 
 def test_plateau_warms_up_to_the_full_rate_and_falls_when_nothing_gets_better(tmp_path):
