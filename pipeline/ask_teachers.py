@@ -43,6 +43,11 @@ SAMPLE = 256
 #: Another convention must beat the contract's by this share of patches before it is pointed out.
 _CLEARLY_BETTER = 0.05
 
+#: Where val is a fraction of train, the recorded figures may be of another fraction.
+_OTHER_PATCHES = (
+    "The seed draws val: if they were recorded on other patches, widen ingest.max_top1_difference. "
+)
+
 
 def labelling(
     job: Job, params: IngestParams, contract: Contract, teachers: list[Teacher]
@@ -180,10 +185,11 @@ def _describe(
             tried = try_conventions(teacher, contract, n, sample, val.labels[chosen])
             _point_out(job, teacher, tried, len(chosen))
         if missed:
+            others = params.data.val.fraction is not None
             raise InputError(
                 f"{teacher.name} is not the teacher that was recorded: on validation "
-                f"{'; '.join(map(str, missed))}. Top-1 on {len(chosen)} of its patches by "
-                f"convention: {_listed(tried)}"
+                f"{'; '.join(map(str, missed))}. {_OTHER_PATCHES if others else ''}Top-1 on "
+                f"{len(chosen)} of its patches by convention: {_listed(tried)}"
             )
         ending = "probabilities" if as_probabilities else teacher.ending
         if ending != "logits":

@@ -85,6 +85,7 @@ def test_a_teacher_that_is_not_the_recorded_one_is_refused_before_training(proje
     result = project.kdpipe("run", "--to", "distill")
     assert result.returncode == 3
     assert "dense_b is not the teacher that was recorded: on validation top-1 0." in result.stderr
+    assert "The seed draws val: if they were recorded on other patches, widen" in result.stderr
     assert "recorded 1 (limit 0.005)" in result.stderr
     assert "divided by 255 before the z-score 1.000" in result.stderr
     assert "distill" not in project.manifest["stages"]
