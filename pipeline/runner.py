@@ -225,10 +225,10 @@ class Runner:
             expected = isinstance(error, STAGE_ERRORS)
             words = _os_words(error) if isinstance(error, OSError) else str(error)
             what = words if expected else f"{type(error).__name__}: {words}"
-            failure = Failure(type(error).__name__, what, f"log: {attempt.shown_log}")
+            failure = Failure(type(error).__name__, what, attempt.log_words)
             with suppress(OSError):  # a full disk must not hide why we are here
                 self._save(name, attempt.ended("failed", failure))
-            self._echo(f"{name:<10} failed   log: {attempt.shown_log}")
+            self._echo(f"{name:<10} failed   {attempt.log_words}".rstrip())
             if expected and not isinstance(error, OSError):
                 raise
             raise StageError(f"{name} failed: {what}") from error
@@ -334,8 +334,12 @@ class _Attempt:
         numbers = [int(n) for n in (p.stem.rpartition("-")[2] for p in logs) if n.isdigit()]
         self._number = max(numbers, default=0) + 1
         self._log = state.folder / "logs" / f"{name}-{self._number}.log"
-        self.shown_log = state.shown(self._log)
         self.record = StageRecord(status="pending")
+
+    @property
+    def log_words(self) -> str:
+        """Where the log is; nothing where the attempt ended before it had one."""
+        return f"log: {self._state.shown(self._log)}" if self._log.exists() else ""
 
     def begin(self, reason: str) -> None:
         """Claim the partial folder and the log."""

@@ -336,6 +336,8 @@ def test_too_little_space_is_seen_before_it_starts(bench, monkeypatch):
     ):
         bench.run()
     assert bench.does.ran == []
+    # It ended before there was a log, so none is named.
+    assert bench.manifest["stages"]["read"]["error"]["hint"] == ""
 
 
 def test_a_users_mistake_leaves_the_manifest_byte_for_byte(bench):
