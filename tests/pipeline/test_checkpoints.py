@@ -90,7 +90,5 @@ def test_a_head_may_differ_and_nothing_else(tmp_path):
     assert torch.equal(other[0][0].weight, network(1)[0][0].weight)
     with pytest.raises(InputError, match=r"1\.weight is \[5, 4\], the network"):
         load_weights(other, tmp_path / "w.safetensors", "it")
-    with pytest.raises(
-        InputError, match=r"0\.0\.weight is \[4, 3, 3, 3\], the"
-    ):
+    with pytest.raises(InputError, match=r"0\.0\.weight is \[4, 3, 3, 3\], the"):
         load_weights(network(2, channels=4), tmp_path / "w.safetensors", "it", ("1",))
