@@ -23,19 +23,33 @@ def params():
 
 @pytest.fixture(scope="module")
 def splits(params):
-    files = {f"data.{n}": EXAMPLE / getattr(params.data, n).path for n in ("train", "test")}
+    files = {}
+    for name, split in params.data.splits.items():
+        files[f"data.{name}"] = EXAMPLE / split.path
+        if split.indices:
+            files[f"data.{name}.indices"] = EXAMPLE / split.indices
     return open_splits(params.data, files, ["a", "b", "c", "d", "e", "f"], seed=0)
 
 
 def test_the_splits_are_the_published_ones(splits):
     assert splits["test"].rows.tolist() == list(range(4435, 6435))
-    assert len(splits["train"]) + len(splits["val"]) == 4435
-    assert max(splits["val"].rows.max(), splits["train"].rows.max()) < 4435
+    parts = [splits[name].rows for name in ("train", "unlabeled", "val")]
+    assert [len(rows) for rows in parts] == [800, 2748, 887]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(4435))
 
 
-def test_the_contracts_statistics_are_the_training_splits(splits):
-    train = splits["train"]
-    patches = train.source.read("optical", train.rows, range(4)).astype(np.float64)
+def test_every_split_has_every_class_in_its_share(splits):
+    source = splits["train"].source
+    whole = np.bincount(source.labels[:4435], minlength=6) / 4435
+    for name in ("train", "unlabeled", "val"):
+        rows = splits[name].rows
+        share = np.bincount(source.labels[rows], minlength=6) / len(rows)
+        assert share == pytest.approx(whole, abs=0.005)
+
+
+def test_the_contracts_statistics_are_those_of_the_patches_that_taught_the_teachers(splits):
+    rows = np.union1d(splits["train"].rows, splits["unlabeled"].rows)
+    patches = splits["train"].source.read("optical", rows, range(4)).astype(np.float64)
     zscore = json.loads((EXAMPLE / "preprocessing.json").read_text())["zscore"]
     assert zscore["mu"] == pytest.approx(patches.mean(axis=(0, 1, 2)), abs=5e-5)
     assert zscore["sigma"] == pytest.approx(patches.std(axis=(0, 1, 2)), abs=5e-5)
