@@ -72,6 +72,7 @@ class Exported:
     top1_agreement: float  # 0..1, of all patches
     top1_val: float  # 0..1, against the labels
     n_val: int
+    measured_on: str = "host"
 
 
 def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[Exported]:
@@ -166,7 +167,6 @@ def _document(source: _Source, exported: list[Exported]) -> str:
             "values": "scaled, resized and z-scored as student_input.json says",
         },
         "output": "logits, float32 (1, classes), classes in the order of labels.txt",
-        "measured_on": "host",
         "files": [asdict(entry) for entry in exported],
     }
     return json.dumps(document, indent=1) + "\n"

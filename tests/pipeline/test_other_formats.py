@@ -44,6 +44,7 @@ def test_the_files_answer_like_the_student_and_the_document_says_so(finished):
     rounded = onnx_logits(folder / "student.dynamic-int8.onnx", tensors)
     assert 0 < np.abs(rounded - exact).max() <= files["dynamic-int8"]["max_abs_logit_difference"]
     for entry in files.values():
+        assert entry["measured_on"] == "host"
         assert entry["bytes"] == (folder / entry["file"]).stat().st_size
     for artifact in ("contract", "student_input", "labels"):
         source = finished.artifact(artifact)
