@@ -240,3 +240,19 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(finished):
     assert facts(finished, "distill")["resumed_after_epoch"] is None
     assert (finished.artifact("training") / "metrics.csv").read_text() == resumed
     assert finished.manifest["artifacts"]["student"]["sha256"] == digest
+
+
+def test_kept_answers_and_copies_belong_to_the_array_that_they_came_from(project):
+    for name in ("train", "test"):
+        with np.load(project.root / f"{name}.npz") as file:
+            images, labels = file["images"], file["labels"]
+        others = np.roll(images, 3, axis=0)  # other patches of the same classes
+        np.savez(project.root / f"{name}.npz", images=images, others=others, labels=labels)
+    answers = {}
+    for array in ("images", "others", "images"):
+        words = ("--set", f"ingest.data.modalities={{optical: {array}}}")
+        result = project.kdpipe("run", "--to", "ingest", "--set", "ingest.data.cache=true", *words)
+        assert result.returncode == 0, result.stderr
+        found = np.load(project.artifact("teaching") / "train-logits.npy")
+        assert np.array_equal(answers.setdefault(array, found), found)
+    assert not np.allclose(answers["images"], answers["others"])
