@@ -112,9 +112,14 @@ class Watch:
             self._file = tempfile.TemporaryFile("w+")
             command = [sys.executable, "-I", "-B", str(Path(__file__)), str(self._device)]
             # Its standard input is never written to; the end of it says that we are gone.
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=self._file, stderr=subprocess.DEVNULL
-            )
+            try:
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=self._file, stderr=subprocess.DEVNULL
+                )
+            except OSError as error:  # a sandbox, or an interpreter that can't be found again
+                self._readable = False
+                self._reason = f"no second program could be started: {type(error).__name__}"
+                self._file.close()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -37,7 +39,6 @@ from preprocessing.contract import ContractError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from tqdm import tqdm
 
@@ -52,6 +53,9 @@ STAGE_ERRORS = (StageError, BackendError, ExtraMissingError, OSError)
 
 #: Free disk space to keep beyond what the last run of a stage needed.
 SPARE_BYTES = 64 << 20
+
+#: Less than this is left when a write failed for want of space.
+FULL_DISK_BYTES = 1 << 20
 
 
 class BusyError(ValueError):
@@ -177,7 +181,8 @@ class Runner:
                 f"{shown} is in use by another kdpipe ({who}); wait for it, or stop it"
             ) from error
         except OSError as error:
-            raise InputError(f"can't write to {shown}: {_os_words(error)}") from error
+            words = _os_words(error, self.config.root)
+            raise InputError(f"can't write to {shown}: {words}") from error
         try:
             yield
         finally:
@@ -223,8 +228,11 @@ class Runner:
             raise
         except Exception as error:
             expected = isinstance(error, STAGE_ERRORS)
-            words = _os_words(error) if isinstance(error, OSError) else str(error)
+            words = str(error)
+            if isinstance(error, OSError):
+                words = _os_words(error, self.config.root)
             what = words if expected else f"{type(error).__name__}: {words}"
+            what += self._full_disk_words()
             failure = Failure(type(error).__name__, what, attempt.log_words)
             with suppress(OSError):  # a full disk must not hide why we are here
                 self._save(name, attempt.ended("failed", failure))
@@ -237,6 +245,14 @@ class Runner:
         for warning in completed.warnings:
             self._echo(f"{'':<10} warning  {warning}")
         self._echo(f"{name:<10} done     {completed.seconds:.1f} s")
+
+    def _full_disk_words(self) -> str:
+        """Which disk is full, if one is: libraries tell it in many ways, some in none."""
+        for folder in (self.folder, Path(tempfile.gettempdir())):
+            if (free := shutil.disk_usage(folder).free) < FULL_DISK_BYTES:
+                where = self.state.shown(folder)
+                return f"; the disk of {where} is full ({free >> 10} KiB are free), make room"
+        return ""
 
     def _commit(self, name: str, record: StageRecord, artifacts: Mapping[str, Artifact]) -> None:
         """Make a completed attempt the current one, then drop the generations before it."""
@@ -561,8 +577,9 @@ def _restore(path: Path, data: bytes | None) -> None:
         write_atomically(path, data)
 
 
-def _os_words(error: OSError) -> str:
-    file = f" ({error.filename})" if error.filename else ""
+def _os_words(error: OSError, root: Path) -> str:
+    name = error.filename2 or error.filename  # the second is what could not be written
+    file = f" ({str(name).removeprefix(f'{root}/')})" if name else ""
     return f"{error.strerror or error}{file}"
 
 

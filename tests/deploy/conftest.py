@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from pipeline.bundle import BUNDLED, BundleLimits, assemble_bundle
 
 ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"
+#: What starts the Python that runs kdbench: another machine's, say under qemu, or this one.
+PYTHON = shlex.split(os.environ.get("KDBENCH_PYTHON", "")) or [sys.executable]
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,23 @@ class Bundle:
 
     folder: Path
 
-    def kdbench(self, *words, fakes=FAKES, **environment):
+    def kdbench(self, *words, fakes=FAKES, before="", **environment):
         """Run it isolated: nothing of kdpipe is in reach but what lies beside the program.
 
-        Keyword arguments are environment variables; what lies in `fakes` is importable.
+        Keyword arguments are environment variables; what lies in `fakes` is importable, and the
+        line of Python in `before` comes first.
         """
         code = (
-            "import sys, runpy; sys.path[:0] = sys.argv[1:3]; sys.modules['pipeline'] = None; "
+            f"import sys, runpy; {before or 'pass'}; "
+            "sys.path[:0] = sys.argv[1:3]; sys.modules['pipeline'] = None; "
             "sys.modules['metis'] = None; sys.modules['torch'] = None; sys.argv = sys.argv[3:]; "
             "runpy.run_path(sys.argv[0], run_name='__main__')"
         )
         short = ("--min-seconds=0.2", "--min-queries=10", "--min-samples=10")
         return subprocess.run(
-            [sys.executable, "-B", "-I", "-c", code, self.folder, fakes,
+            [*PYTHON, "-B", "-I", "-c", code, self.folder, fakes,
              self.folder / "kdbench.py", self.folder, *short, *words],
-            capture_output=True, text=True, check=False, cwd="/", timeout=120,
+            capture_output=True, text=True, check=False, cwd="/", timeout=600,
             env={**os.environ, **{k: str(v) for k, v in environment.items()}},
         )  # fmt: skip
 

@@ -190,7 +190,7 @@ def test_heat_and_power_are_read_each_second_while_measuring(for_metis, tmp_path
     assert found["verdict"]["word"] == "SMOKE"
     watched, (run,) = found["heat_during"], found["passes"]
     assert watched["source"] == "axmonitor, each second"
-    assert 4 <= watched["n"] <= 12
+    assert watched["n"] >= 4
     assert (watched["coolest_c"], watched["hottest_c"], watched["throttling"]) == (61, 61, False)
     assert 0 < watched["cpu_share"] < 0.5
     assert "not_readable" in watched["clocks"]
@@ -220,6 +220,17 @@ def test_a_clock_that_somebody_set_meanwhile_is_invalid(for_metis):
     assert found["verdict"]["word"] == "INVALID"
     assert found["verdict"]["reasons"][0].startswith(
         "clocks changed from {'clock_profile': '800'} to {'clock_profile': '400'}; "
+    )
+
+
+def test_where_no_second_program_starts_it_measures_without_heat(for_metis):
+    found = for_metis().measured(
+        FAKE_TEMPERATURE=61, PATH=PATH, before="sys.executable = '/nowhere/python'"
+    )
+    assert found["heat_before"]["temperature_c"] == 61
+    assert (found["heat_during"]["n"], found["heat_during"]["hottest_c"]) == (0, None)
+    assert found["heat_during"]["reason"] == (
+        "not_readable: no second program could be started: FileNotFoundError"
     )
 
 

@@ -328,6 +328,31 @@ def test_a_full_disk_is_one_line(bench, monkeypatch):
     assert bench.run() == ["double", "last"]
 
 
+def test_a_disk_that_is_full_is_named_whatever_the_library_says(bench, monkeypatch):
+    bench.run("read")
+    usage = shutil.disk_usage(bench.root)
+
+    def fill_the_disk(job):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=4 << 10))
+        raise RuntimeError("PytorchStreamWriter failed")
+
+    bench.does.before_double = fill_the_disk
+    with pytest.raises(StageError) as caught:
+        bench.run("double")
+    assert str(caught.value) == (
+        "double failed: RuntimeError: PytorchStreamWriter failed; the disk of runs/r is full "
+        "(4 KiB are free), make room"
+    )
+
+
+def test_the_file_that_could_not_be_written_is_named_from_the_project(bench):
+    target = bench.root / "runs" / "big.ckpt"
+    error = OSError(errno.ENOSPC, "No space left on device", "/elsewhere/t", None, str(target))
+    bench.does.before_double = fail(error)
+    with pytest.raises(StageError, match=r"double failed: No space left on device \(runs/big.ckpt"):
+        bench.run()
+
+
 def test_too_little_space_is_seen_before_it_starts(bench, monkeypatch):
     usage = shutil.disk_usage(bench.root)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1 << 20))
