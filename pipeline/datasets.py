@@ -402,7 +402,7 @@ def stream(
     bands: Sequence[int],
     *,
     batch: int,
-    block: int = 32,
+    block: int = 64,
     buffer: int = 32,
     seed: int = 0,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
@@ -412,8 +412,8 @@ def stream(
     `buffer` blocks are shuffled among themselves. How random that is: a batch of b patches comes
     from about `buffer * (1 - (1 - 1 / buffer) ** b)` different blocks, chosen at random from the
     whole file (64 patches from 28 of 32 blocks with the defaults); with `buffer * block >= N` the
-    order is a uniform random permutation. Memory: `buffer * block` patches, and a batch. Blocks are
-    small so that they are converted to float32 in the processor's cache.
+    order is a uniform random permutation. Memory: `buffer * block` patches, and a batch. Of blocks
+    from 4 to 128 patches those of 64 were the fastest (10 bands of 32x32, float64).
 
     Args:
         source: of the patches.
