@@ -51,7 +51,8 @@ def test_a_longer_run_of_the_device_is_seen_in_the_runtime_call_alone(for_metis)
     # The fastest query: the others may wait for whatever else this machine does.
     call, whole, around = (row["min"] for row in found["latency"])
     assert 5 <= call < 8
-    assert call + around <= whole < call + 1
+    assert call + around <= whole + 1e-9  # ms; a sum of decimals is rounded
+    assert whole < call + 1
     assert found["overhead_share"]["value"] < 0.5
 
 
