@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 #: What a user's own files can cause. Nothing was made, so the manifest stays as it was.
 USER_ERRORS = (ContractError, InputError, ManifestError)
 
-#: Failures whose message is meant for the user; all others are bugs.
-STAGE_ERRORS = (StageError, BackendError, ExtraMissingError, OSError)
+#: Failures whose message is meant for the user; all others are the machine's (OSError) or bugs.
+STAGE_ERRORS = (StageError, BackendError, ExtraMissingError)
 
 #: Free disk space to keep beyond what the last run of a stage needed.
 SPARE_BYTES = 64 << 20
@@ -227,17 +227,18 @@ class Runner:
             self.state = RunState(self.config, self.stages)
             raise
         except Exception as error:
-            expected = isinstance(error, STAGE_ERRORS)
-            words = str(error)
-            if isinstance(error, OSError):
-                words = _os_words(error, self.config.root)
-            what = words if expected else f"{type(error).__name__}: {words}"
-            what += self._full_disk_words()
+            meant_for_users = isinstance(error, STAGE_ERRORS)
+            if meant_for_users:
+                what = str(error)
+            elif isinstance(error, OSError):
+                what = _os_words(error, self.config.root) + self._full_disk_words()
+            else:
+                what = f"{type(error).__name__}: {error}{self._full_disk_words()}"
             failure = Failure(type(error).__name__, what, attempt.log_words)
             with suppress(OSError):  # a full disk must not hide why we are here
                 self._save(name, attempt.ended("failed", failure))
             self._echo(f"{name:<10} failed   {attempt.log_words}".rstrip())
-            if expected and not isinstance(error, OSError):
+            if meant_for_users:
                 raise
             raise StageError(f"{name} failed: {what}") from error
         finally:
@@ -248,10 +249,16 @@ class Runner:
 
     def _full_disk_words(self) -> str:
         """Which disk is full, if one is: libraries tell it in many ways, some in none."""
-        for folder in (self.folder, Path(tempfile.gettempdir())):
-            if (free := shutil.disk_usage(folder).free) < FULL_DISK_BYTES:
-                where = self.state.shown(folder)
-                return f"; the disk of {where} is full ({free >> 10} KiB are free), make room"
+
+        def written() -> Iterator[Path]:
+            yield self.folder
+            yield Path(tempfile.gettempdir())
+
+        with suppress(OSError):  # no temporary folder at all; that must not hide why we are here
+            for folder in written():
+                if (free := shutil.disk_usage(folder).free) < FULL_DISK_BYTES:
+                    where = self.state.shown(folder)
+                    return f"; the disk of {where} is full ({free >> 10} KiB are free), make room"
         return ""
 
     def _commit(self, name: str, record: StageRecord, artifacts: Mapping[str, Artifact]) -> None:

@@ -21,7 +21,8 @@ from pipeline.bundle import BUNDLED, BundleLimits, assemble_bundle
 
 ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"
-#: What starts the Python that runs kdbench: another machine's, say under qemu, or this one.
+#: What starts the Python that runs kdbench: this one, or another machine's, say a script that runs
+#: qemu-aarch64-static -L ROOT -0 "$0" ROOT/usr/bin/python3 "$@", so that Python finds itself again.
 PYTHON = shlex.split(os.environ.get("KDBENCH_PYTHON", "")) or [sys.executable]
 
 

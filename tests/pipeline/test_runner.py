@@ -345,6 +345,16 @@ def test_a_disk_that_is_full_is_named_whatever_the_library_says(bench, monkeypat
     )
 
 
+def test_a_full_disk_without_any_temporary_folder_does_not_hide_the_failure(bench, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    bench.does.before_double = fail(KeyError("oops"))
+    with pytest.raises(StageError, match=r"double failed: KeyError: 'oops'$"):
+        bench.run()
+
+
 def test_the_file_that_could_not_be_written_is_named_from_the_project(bench):
     target = bench.root / "runs" / "big.ckpt"
     error = OSError(errno.ENOSPC, "No space left on device", "/elsewhere/t", None, str(target))
