@@ -37,9 +37,9 @@ from calibration_methods import METHODS
 from calibration_photos import CALIBRATION, EVALUATION, crops, save_lite0
 from scipy.special import rel_entr, softmax
 
-from metis.emulator import EXACT, kernels_are_exact
-from metis.folding import prepare
-from pipeline.metrics import agreement, sqnr_db
+from metis.emulator.kernels import EXACT, kernels_are_exact
+from metis.quantize.folding import prepare
+from pipeline.tasks.metrics import agreement, sqnr_db
 
 CHILD = Path(__file__).with_name("calibration_methods.py")
 HEADER = """| method | samples | dB | agreement | KL | CPU s | MB above a float session |

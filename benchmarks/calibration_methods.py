@@ -51,8 +51,8 @@ Calibrate = Callable[[Path, Crops, Path], None]
 
 def kdpipe(observer: str = "mse", correct_bias: bool = True) -> Calibrate:
     """What `kdpipe calibrate` does: bake, then the emulator's graph."""
-    from metis.folding import prepare
-    from metis.quantizer import quantized_graph
+    from metis.quantize.folding import prepare
+    from metis.quantize.qdq import quantized_graph
 
     def calibrate(model: Path, crops: Crops, into: Path) -> None:
         baked, ranges = _baked(model, crops, observer, correct_bias)
@@ -65,9 +65,10 @@ def kdpipe(observer: str = "mse", correct_bias: bool = True) -> Calibrate:
 def _baked(
     model: Path, crops: Crops, observer: str, correct_bias: bool
 ) -> tuple[onnx.ModelProto, Any]:
-    from metis.folding import prepare
-    from metis.quantizer import baked, watch
-    from metis.ranges import choose
+    from metis.quantize.baking import baked
+    from metis.quantize.folding import prepare
+    from metis.quantize.placement import watch
+    from metis.quantize.ranges import choose
 
     parts = prepare(onnx.load(model))
     seen = watch(parts)
@@ -115,7 +116,7 @@ class _Reader:
 
 def baked_then_onnxruntime() -> Calibrate:
     """kdpipe's baked float file, then onnxruntime's MinMax as anybody would use it."""
-    import metis.quantizer  # noqa: F401  imports do not count
+    import metis.quantize.qdq  # noqa: F401  imports do not count
 
     minmax = onnxruntime("MinMax")
 

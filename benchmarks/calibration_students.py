@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 from metis.backend import QuantizedModel
-from pipeline.manifest import load_manifest
-from pipeline.parity import compare_int8
-from pipeline.splits import DatasetSplit
-from preprocessing.contract import StudentInput
+from pipeline.data.dataset import DatasetSplit
+from pipeline.parity.logits import compare_int8
+from pipeline.run.manifest import load_manifest
+from preprocessing.student_input import StudentInput
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "landsat"

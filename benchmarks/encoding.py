@@ -28,10 +28,11 @@ from scipy.ndimage import uniform_filter
 from torch import nn
 from torch.nn import functional
 
-from metis.device_constants import exact_range
-from pipeline.synthetic import SIZE, write_so2sat
+from metis.voyager.device_constants import exact_range
+from pipeline.data.synthetic import SIZE, write_so2sat
 from preprocessing.apply import encode, normalized, scale, student_tensor, teacher_tensor
-from preprocessing.contract import Scaling, StudentInput, ZScore, linear_encoding
+from preprocessing.contract import Scaling, ZScore
+from preprocessing.student_input import StudentInput, linear_encoding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,11 +2,11 @@
 
     python benchmarks/estimator.py            # export 26 networks, fit, leave each one out
     python benchmarks/estimator.py --cached   # the same from benchmarks/estimator_features.csv
-    python benchmarks/estimator.py --write    # also write that file and metis/estimator.json
+    python benchmarks/estimator.py --write    # also write that file and estimator.json
 
 Every network is built with random weights, exported as a student is, and read by
-metis/workload.py. The five constants are fitted to both boards at once: least squares of the
-logarithms, with Cauchy's loss, as one published row (SqueezeNet 1.0) follows no known rule.
+metis/estimate/workload.py. The five constants are fitted to both boards at once: least squares
+of the logarithms, with Cauchy's loss, as one published row (SqueezeNet 1.0) follows no known rule.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import least_squares
 
-from metis.cost_model import (
+from metis.estimate.cost_model import (
     BOARDS,
     Board,
     CostModel,
@@ -33,8 +33,8 @@ from metis.cost_model import (
     load_cost_model,
     published_rows,
 )
-from metis.estimator import BOARD_NAMES
-from metis.workload import Layer, read_workload
+from metis.estimate.estimator import BOARD_NAMES
+from metis.estimate.workload import Layer, read_workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 FEATURES, STUDY = HERE / "estimator_features.csv", HERE / "estimator_study.csv"
-CONSTANTS = HERE.parent / "metis" / "estimator.json"
+CONSTANTS = HERE.parent / "metis" / "estimate" / "estimator.json"
 
 FITTED = ("tiles", "weights", "taps", "operators", "bandwidth")
 START = (5.0, 0.01, 0.0015, 2.0, 15.0)
@@ -102,7 +102,8 @@ def export(row: Published, path: Path) -> onnx.ModelProto:
     """The network with random weights, exported as a student is."""
     import torchvision
 
-    from pipeline.students import create_network, export_network
+    from pipeline.networks.build import create_network
+    from pipeline.networks.export import export_network
 
     shape = (3, row.size, row.size)
     if row.package == "timm":
@@ -239,11 +240,11 @@ def read_totals(path: Path) -> dict[str, Layer]:
 
 
 def write_totals(path: Path, totals: dict[str, Layer]) -> None:
-    """Write what metis/workload.py counted."""
+    """Write what metis/estimate/workload.py counted."""
     with path.open("w", newline="") as file:
         file.write(
-            "# What metis/workload.py counts in the exports of the published networks; written by\n"
-            "# python benchmarks/estimator.py --write\n"
+            "# What metis/estimate/workload.py counts in the exports of the published networks;\n"
+            "# written by python benchmarks/estimator.py --write\n"
         )
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["network", *QUANTITIES])

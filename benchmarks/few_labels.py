@@ -34,13 +34,13 @@ from scipy import stats
 from timm.models.densenet import DenseNet
 from torch import nn
 
-from pipeline.manifest import load_manifest
-from pipeline.metrics import top1
-from pipeline.reference import reference_logits
-from pipeline.splits import DatasetSplit
-from pipeline.synthetic import write_so2sat
+from pipeline.data.dataset import DatasetSplit
+from pipeline.data.synthetic import write_so2sat
+from pipeline.networks.inference import reference_logits
+from pipeline.run.manifest import load_manifest
+from pipeline.tasks.metrics import top1
 from preprocessing.apply import student_tensor
-from preprocessing.contract import StudentInput
+from preprocessing.student_input import StudentInput
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
 LANDSAT = Path(__file__).parents[1] / "examples" / "landsat" / "landsat_satellite.npz"

@@ -24,13 +24,14 @@ import timm
 import torch
 from timm.models.densenet import DenseNet
 
-from pipeline.datasets import open_so2sat
-from pipeline.labelling import Labelling
-from pipeline.reference import Threads, open_session
-from pipeline.sources import TeacherParams, ViewParams
-from pipeline.splits import Split
-from pipeline.synthetic import write_so2sat
-from pipeline.teachers import BATCH, choose_threads, open_teacher
+from metis.graph.sessions import Threads, open_session
+from pipeline.data.hdf5 import open_so2sat
+from pipeline.data.splits import Split
+from pipeline.data.synthetic import write_so2sat
+from pipeline.params.sources import TeacherParams, ViewParams
+from pipeline.teachers.answer_cache import Labelling
+from pipeline.teachers.open import choose_threads, open_teacher
+from pipeline.teachers.teacher import BATCH
 from preprocessing.contract import parse_contract
 
 if TYPE_CHECKING:

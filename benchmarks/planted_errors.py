@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metis.pipeline_reader import Pipeline, PipelineError
-from pipeline.legs import Limits
-from pipeline.manifest import load_manifest
-from pipeline.parity import image_legs
-from pipeline.reference import reference_logits
-from pipeline.splits import DatasetSplit
+from metis.voyager.pipeline_reader import Pipeline, PipelineError
+from pipeline.data.dataset import DatasetSplit
+from pipeline.networks.inference import reference_logits
+from pipeline.params.benchmark import Limits
+from pipeline.parity.images import image_legs
+from pipeline.run.manifest import load_manifest
 from preprocessing.apply import student_tensor
-from preprocessing.contract import StudentInput, load_contract
+from preprocessing.contract import load_contract
 from preprocessing.images import class_folders, read_png, write_png
+from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,14 +28,14 @@ from few_labels import KDPIPE, Data, mnist, write_project
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline.calibration_set import choose_samples
-from pipeline.manifest import load_manifest
-from pipeline.metrics import paired_difference
-from pipeline.quantization_aware import emulated_logits
-from pipeline.reference import reference_logits
-from pipeline.splits import DatasetSplit
+from pipeline.calibration.samples import choose_samples
+from pipeline.data.dataset import DatasetSplit
+from pipeline.networks.inference import reference_logits
+from pipeline.run.manifest import load_manifest
+from pipeline.tasks.metrics import paired_difference
+from pipeline.training.quantization_aware import emulated_logits
 from preprocessing.apply import student_tensor
-from preprocessing.contract import StudentInput
+from preprocessing.student_input import StudentInput
 
 #: Images that calibrate sees by default.
 SAMPLES = 200

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import h5py
 import numpy as np
 
-from pipeline.datasets import PatchSource, cached, open_so2sat, stream
-from pipeline.synthetic import write_so2sat
+from pipeline.data.hdf5 import open_so2sat
+from pipeline.data.source import PatchSource, cached, stream
+from pipeline.data.synthetic import write_so2sat
 
 if TYPE_CHECKING:
     from collections.abc import Callable

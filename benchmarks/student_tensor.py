@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision import transforms
 
 from preprocessing.apply import student_tensor
-from preprocessing.contract import StudentInput
+from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable

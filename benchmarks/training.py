@@ -29,12 +29,13 @@ import yaml
 from timm.models.densenet import DenseNet
 from tqdm import tqdm
 
-from pipeline.config import load_config
-from pipeline.manifest import load_manifest
-from pipeline.splits import DatasetSplit
-from pipeline.stage import load_stages
-from pipeline.synthetic import write_so2sat
-from pipeline.training import Task, train
+from pipeline.data.dataset import DatasetSplit
+from pipeline.data.synthetic import write_so2sat
+from pipeline.run.config import load_config
+from pipeline.run.manifest import load_manifest
+from pipeline.stages import load_stages
+from pipeline.training.loop import train
+from pipeline.training.task import Task
 from preprocessing.apply import student_tensor
 from preprocessing.contract import load_contract
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocessing.contract import StudentInput, load_contract
+from preprocessing.contract import load_contract
+from preprocessing.student_input import StudentInput
 from preprocessing.int8 import TensorSpec
 
 if TYPE_CHECKING:

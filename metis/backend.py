@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
     from preprocessing.int8 import TensorSpec
 
+
 #: Quantization schemes by the names that the Voyager SDK gives them.
 SCHEMES = ("per_tensor_histogram", "per_tensor_min_max", "hybrid_per_tensor_per_channel")
 
-BACKENDS = {"emulator": "metis.emulator:Emulator", "voyager": "metis.voyager:Voyager"}
+BACKENDS = {
+    "emulator": "metis.emulator.backend:Emulator",
+    "voyager": "metis.voyager.backend:Voyager",
+}
 
 #: Distributions whose version can change what a backend makes.
 _TOOLS = {"emulator": ("onnxruntime",), "voyager": ("axelera-devkit",)}

@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+
 INT8_MIN, INT8_MAX = -128, 127
 
 

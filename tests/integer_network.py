@@ -11,7 +11,7 @@ import numpy as np
 from onnx import helper, numpy_helper
 from scipy.special import expit
 
-from metis import int8
+from metis.quantize import arithmetic as int8
 
 SHIFT = 128
 

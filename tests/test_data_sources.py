@@ -21,8 +21,8 @@ from tiny_project import (
 )
 from voyager_interpreter import interpret
 
-from pipeline.splits import DatasetSplit
-from pipeline.synthetic import write_so2sat
+from pipeline.data.dataset import DatasetSplit
+from pipeline.data.synthetic import write_so2sat
 
 LCZ = [f"LCZ {i}" for i in range(1, 18)]
 SAR_RANGE = (-0.5, 0.5)

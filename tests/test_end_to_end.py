@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from pipeline.manifest import folder_files
-from pipeline.stage import load_stages
+from pipeline.run.files import folder_files
+from pipeline.stages import load_stages
 
 
 def test_a_run_makes_every_artifact_and_a_second_one_changes_nothing(finished):

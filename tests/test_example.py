@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import load_config
-from pipeline.metrics import top1
-from pipeline.splits import open_splits
-from pipeline.stage import load_stages
-from pipeline.teachers import open_teacher
+from pipeline.data.splits import open_splits
+from pipeline.run.config import load_config
+from pipeline.stages import load_stages
+from pipeline.tasks.metrics import top1
+from pipeline.teachers.open import open_teacher
 from preprocessing.contract import load_contract
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "landsat"

@@ -1,5 +1,6 @@
 """The rules of the house that no linter can see."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -36,12 +37,21 @@ def test_no_file_is_a_drawer():
     assert not names & {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
-def test_every_source_file_is_in_the_readmes_tree():
-    readme = (ROOT / "README.md").read_text()
-    for package in ("preprocessing", "metis", "pipeline", "deploy"):
-        for path in (ROOT / package).rglob("*.py"):
-            if path.name != "__init__.py":
-                assert path.name in readme or path.parent.name == "stages", path
+def rooms():
+    """Folders of source files."""
+    return sorted({p.parent for name in ("metis", "pipeline") for p in (ROOT / name).rglob("*.py")})
+
+
+def test_every_room_says_what_it_is_for():
+    for room in rooms():
+        docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+        assert docstring and len(docstring.splitlines()) == 1, room
+
+
+def test_no_room_is_a_warehouse():
+    for room in rooms():
+        files = [path for path in room.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 13, room
 
 
 def test_constraints_name_packages_and_versions_only():
@@ -59,7 +69,7 @@ def test_what_travels_imports_nothing_of_kdpipe_but_preprocessing():
 
 def test_declaring_every_stage_loads_nothing_heavy():
     code = (
-        "import sys; from pipeline.stage import load_stages; load_stages(); "
+        "import sys; from pipeline.stages import load_stages; load_stages(); "
         "print([m for m in ('torch', 'numpy', 'onnx', 'onnxruntime', 'timm', 'lightning', 'yaml', "
         "'matplotlib', 'jinja2', 'PIL') if m in sys.modules])"
     )

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_project import Project, write_project
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from preprocessing.images import read_png, write_png
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_project import Project, write_project
 
-from metis.folding import constants_of
+from metis.graph.edit import constants_of
 
 LAST = {"share": 0.34, "learning_rate": 1e-3, "control": True}
 

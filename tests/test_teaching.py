@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_project import make_teacher
 
-from pipeline.ensemble import combine
-from pipeline.losses import soft_loss
-from pipeline.splits import DatasetSplit
-from pipeline.teaching import Teaching
+from pipeline.data.dataset import DatasetSplit
+from pipeline.teachers.ensemble import combine
+from pipeline.teachers.soft_targets import Teaching
+from pipeline.training.losses import soft_loss
 
 
 def facts(project, stage):

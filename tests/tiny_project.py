@@ -13,7 +13,7 @@ import onnx
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.manifest import Digests
+from pipeline.run.digests import Digests
 
 CLASSES = 3
 BANDS = 4

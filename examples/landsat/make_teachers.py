@@ -20,16 +20,16 @@ import torch
 from timm.models.densenet import DenseNet
 from torch import nn
 
-from pipeline.config import load_config
-from pipeline.metrics import top1
-from pipeline.reference import open_session
-from pipeline.splits import Split, open_splits
-from pipeline.stage import load_stages
+from metis.graph.sessions import open_session
+from pipeline.data.splits import Split, open_splits
+from pipeline.run.config import load_config
+from pipeline.stages import load_stages
+from pipeline.tasks.metrics import top1
 from preprocessing.apply import teacher_tensor
 from preprocessing.contract import load_contract
 
 if TYPE_CHECKING:
-    from pipeline.sources import DataParams
+    from pipeline.params.sources import DataParams
 
 HERE = Path(__file__).resolve().parent
 SIZE = 32

@@ -3,82 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from msgspec import Meta
+from typing import TYPE_CHECKING, Any
 
 from metis.backend import SCHEMES, SdkOptions, backend_tools, open_backend, require_backend
-from pipeline.stage import (
-    Facts,
-    Gate,
-    InputError,
-    Job,
-    Stage,
-    path_field,
-    same_as_field,
-    unkeyed_field,
-)
+from pipeline.params.calibrate import CalibrateParams
+from pipeline.run.errors import InputError
+from pipeline.run.stage import Facts, Gate, Job, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from metis.backend import QuantizedModel
-    from pipeline.calibration import Calibrated, Recipe
-    from preprocessing.contract import StudentInput
-
-Observer = Literal["mse", "percentile", "entropy", "min_max"]
-
-
-@dataclass(frozen=True)
-class CalibrateParams:
-    """How to quantize."""
-
-    samples: Annotated[int, Meta(ge=2, le=2000)] = 200  # the range that the SDK accepts
-    scheme: Literal[
-        "per_tensor_histogram", "per_tensor_min_max", "hybrid_per_tensor_per_channel"
-    ] = "per_tensor_histogram"
-    observer: Observer | None = None  # of the emulator; null: mse, or min_max with that scheme
-    ranges: dict[str, Observer | tuple[float, float]] = field(default_factory=dict)  # by tensor
-    ranges_file: str | None = path_field(None)  # a ranges.json to use instead of observing
-    bias_correction: bool = True  # biases make up for the rounding of weights
-    equalization: bool = False  # move scale between layers first
-    weight_clipping: bool = False  # cut weights where that rounds better
-    sensitivity: Annotated[int, Meta(ge=0)] = 64  # validation patches for it; 0: leave it out
-    backend: Literal["emulator", "voyager"] | None = same_as_field("compile.backend")
-    try_schemes: Literal["all"] | None = same_as_field("compile.try_schemes")
-    extra: dict[str, Any] | None = same_as_field("compile.extra")  # noqa: RUF009 - a field
-    time_limit: float | None = same_as_field("compile.time_limit", unkeyed=True)
-    max_int8_loss: Annotated[float, Meta(gt=0)] = unkeyed_field(1.0)  # points of top-1
-
-
-def recipe_of(params: CalibrateParams, ranges: Path | None = None) -> Recipe:
-    """The parameters that decide how a float student becomes int8.
-
-    Args:
-        params: the section `calibrate`.
-        ranges: the file that it names.
-
-    Raises:
-        InputError: the file is none of ranges.
-    """
-    from metis.ranges import RangeError, Ranges
-    from pipeline.calibration import Recipe
-
-    try:
-        given = Ranges.load(ranges) if ranges is not None else None
-    except RangeError as error:
-        raise InputError(f"calibrate.ranges_file: {error}") from error
-    return Recipe(
-        scheme=params.scheme,
-        observer=params.observer,
-        overrides=params.ranges,
-        given=given,
-        bias_correction=params.bias_correction,
-        equalization=params.equalization,
-        weight_clipping=params.weight_clipping,
-    )
+    from pipeline.calibration.recipe import Calibrated, Recipe
+    from preprocessing.student_input import StudentInput
 
 
 def sources(params: CalibrateParams, root: Path) -> dict[str, Path]:
@@ -91,8 +29,9 @@ def run(job: Job, params: CalibrateParams) -> Facts:
     import numpy as np
     import onnx
 
-    from pipeline.calibration import suggestions, watched
-    from preprocessing.contract import StudentInput
+    from pipeline.calibration.recipe import recipe_of, watched
+    from pipeline.calibration.study import suggestions
+    from preprocessing.student_input import StudentInput
 
     given = StudentInput.load(job.inputs["student_input"])
     described = _write_set(job, params, given)
@@ -114,8 +53,8 @@ def run(job: Job, params: CalibrateParams) -> Facts:
 
 
 def _write_set(job: Job, params: CalibrateParams, given: StudentInput) -> dict[str, Any]:
-    from pipeline.calibration_set import choose_samples, write_samples
-    from pipeline.splits import DatasetSplit
+    from pipeline.calibration.samples import choose_samples, write_samples
+    from pipeline.data.dataset import DatasetSplit
     from preprocessing.contract import load_contract
 
     classes = len(load_contract(job.inputs["contract"]).labels)
@@ -139,11 +78,11 @@ def _quantized(
     given: StudentInput,
 ) -> dict[str, Any]:
     """The backend's int8 model; with the SDK, the emulator's figures beside the SDK's own."""
-    from metis.emulator import arithmetic
-    from pipeline.calibration import emulated
-    from pipeline.parity import compare_int8
-    from pipeline.schemes import quantize_best
-    from pipeline.splits import DatasetSplit
+    from metis.emulator.kernels import arithmetic
+    from pipeline.calibration.recipe import emulated
+    from pipeline.calibration.schemes import quantize_best
+    from pipeline.data.dataset import DatasetSplit
+    from pipeline.parity.logits import compare_int8
 
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
     options = SdkOptions(params.extra or {}, params.time_limit or SdkOptions.time_limit_s)
@@ -193,29 +132,29 @@ def _examined(
     """Other ways to quantize, and single layers."""
     import numpy as np
 
-    from pipeline import calibration
-    from pipeline.reference import reference_logits
-    from pipeline.splits import DatasetSplit
+    from pipeline.calibration import study
+    from pipeline.data.dataset import DatasetSplit
+    from pipeline.networks.inference import reference_logits
     from preprocessing.apply import student_tensor
 
     val = DatasetSplit.load(job.inputs["dataset"] / "val")
-    val = val.spread(calibration.COMPARED)
+    val = val.spread(study.COMPARED)
     frames, labels = student_tensor(val.images, given), val.labels
     exact = reference_logits(job.inputs["student"], frames)
     samples = job.outputs["calibration_set"] / "samples.npy"
     rounded = reference_logits(job.outputs["baked_student"], frames)
     facts: dict[str, Any] = {
         # Weights and biases alone, in float: what the vendor's compiler starts from.
-        "baked": {**calibration.figures(exact, rounded, labels), "measured_on": "host-float"},
+        "baked": {**study.figures(exact, rounded, labels), "measured_on": "host-float"},
         "host_operators": calibrated.parts.host_operators,
-        "variants": calibration.variants(
+        "variants": study.variants(
             calibrated, recipe, job.inputs["student"], samples, (frames, exact, labels)
         ),
     }
     few = np.unique(np.linspace(0, len(labels) - 1, params.sensitivity).round().astype(int))
     if len(few):
         with job.progress("layers one by one", calibrated.layers) as bar:
-            found = calibration.sensitivity(
+            found = study.sensitivity(
                 job.outputs["baked_student"],
                 calibrated.ranges(recipe),
                 recipe.scheme,
@@ -223,7 +162,7 @@ def _examined(
                 labels[few],
                 bar.update,
             )
-        facts["worst_layers"] = found[: calibration.WORST]
+        facts["worst_layers"] = found[: study.WORST]
     return facts
 
 
@@ -234,7 +173,7 @@ def curve(
     sizes: Collection[int],
     progress: Callable[[int], object],
 ) -> Iterator[dict[str, Any]]:
-    """What int8 keeps of the student, by number of samples; see `pipeline.calibration.curve`.
+    """What int8 keeps of the student, by number of samples; see `pipeline.calibration.study.curve`.
 
     Args:
         inputs: the artifacts that calibrate reads.
@@ -252,22 +191,24 @@ def curve(
             "calibrate.ranges_file has the range of every tensor, whatever the number of samples; "
             "for the curve leave it out: --set calibrate.ranges_file=null"
         )
-    from pipeline import calibration
-    from pipeline.calibration_set import choose_samples
-    from pipeline.reference import reference_logits
-    from pipeline.splits import DatasetSplit
+    from pipeline.calibration import study
+    from pipeline.calibration.recipe import recipe_of
+    from pipeline.calibration.samples import choose_samples
+    from pipeline.data.dataset import DatasetSplit
+    from pipeline.networks.inference import reference_logits
     from preprocessing.apply import student_tensor
-    from preprocessing.contract import StudentInput, load_contract
+    from preprocessing.contract import load_contract
+    from preprocessing.student_input import StudentInput
 
     given = StudentInput.load(inputs["student_input"])
     train, val = (DatasetSplit.load(inputs["dataset"] / name) for name in ("train", "val"))
     classes = len(load_contract(inputs["contract"]).labels)
     unfit = json.loads(inputs["unfit"].read_text())
     indices = choose_samples(train, max(sizes), classes, seed, unfit, "--sizes").indices
-    val = val.spread(calibration.COMPARED)
+    val = val.spread(study.COMPARED)
     frames = student_tensor(val.images, given)
     exact = reference_logits(inputs["student"], frames)
-    yield from calibration.curve(
+    yield from study.curve(
         inputs["student"],
         lambda part: student_tensor(train.images[indices[part]], given),
         sizes,

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import nearest
-from pipeline.recipe import (
-    ALIASES,
-    DistillParams,
-    contradictions,
-    float_part,
-    loss_in_words,
-)
-from pipeline.stage import Facts, Gate, InputError, Job, Stage, require_extra
+from pipeline.params.distill import DistillParams, contradictions, float_part, loss_in_words
+from pipeline.run.errors import InputError, nearest, require_extra
+from pipeline.run.stage import Facts, Gate, Job, Stage
 
 if TYPE_CHECKING:
-    from pipeline.training import Task
+    from pipeline.training.task import Task
+
 
 #: Validation samples on which the rewrites of the exported graph are proven, besides random inputs.
 PROOF_SAMPLES = 16
@@ -33,7 +26,7 @@ def sources(params: DistillParams, root: Path) -> dict[str, Path]:
 
 def run(job: Job, params: DistillParams) -> Facts:
     """Check the network, train it, export it, and prove the export equal to what was trained."""
-    from pipeline.training import train_all
+    from pipeline.training.loop import train_all
     from preprocessing.contract import load_contract
 
     classes = len(load_contract(job.inputs["contract"]).labels)
@@ -63,7 +56,7 @@ def run(job: Job, params: DistillParams) -> Facts:
 
 
 def _task(job: Job, params: DistillParams, classes: int, name: str) -> Task:
-    from pipeline.training import Task
+    from pipeline.training.task import Task
 
     return Task(
         params=params,
@@ -82,8 +75,8 @@ def _task(job: Job, params: DistillParams, classes: int, name: str) -> Task:
 
 def _last_part(job: Job, params: DistillParams, before: Task, trained: Facts) -> Facts:
     """Go on with the folded student on the int8 grid; measure what that changed."""
-    from pipeline.quantization_aware import Start
-    from pipeline.training import train_all
+    from pipeline.training.loop import train_all
+    from pipeline.training.quantization_aware import Start
 
     training = job.outputs["training"]
     folded = training / "folded.onnx"
@@ -111,7 +104,7 @@ def _last_part(job: Job, params: DistillParams, before: Task, trained: Facts) ->
 
 def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, Any]:
     """Export the untrained student and see whether the chip can run it."""
-    from pipeline.students import export_student
+    from pipeline.networks.export import export_student
 
     path = job.scratch / "untrained.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +116,7 @@ def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, A
             "; choose another network, or set distill.check_operators: false"
         )
     if params.quantization_aware.share:
-        from pipeline.quantization_aware import check_trainable
+        from pipeline.training.folded_network import check_trainable
 
         check_trainable(path)
     return {
@@ -137,13 +130,14 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
     """Copy what training left, export, and compare the export with torch."""
     import shutil
 
-    from pipeline.metrics import top1
-    from pipeline.parity import compare_export
-    from pipeline.quantization_aware import export_folded
-    from pipeline.reference import answers, reference_network
-    from pipeline.splits import DatasetSplit
-    from pipeline.students import export_student, parameter_count, torch_logits
-    from pipeline.training import trained
+    from pipeline.data.dataset import DatasetSplit
+    from pipeline.networks.build import parameter_count
+    from pipeline.networks.export import export_student, torch_logits
+    from pipeline.networks.inference import answers, reference_network
+    from pipeline.parity.logits import compare_export
+    from pipeline.tasks.metrics import top1
+    from pipeline.training.folded_network import export_folded
+    from pipeline.training.task import trained
     from preprocessing.apply import student_tensor
 
     prefix = "" if name == "student" else f"{name}-"
@@ -174,6 +168,8 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
 
 def ready(params: DistillParams) -> None:
     """The extra is installed, the network exists, and the parts of the loss fit together."""
+    from pipeline.networks.names import timm_networks
+
     require_extra("train", "torch", "timm", "lightning", "onnxsim")
     if "wandb" in params.loggers:
         require_extra("wandb", "wandb")
@@ -186,17 +182,6 @@ def ready(params: DistillParams) -> None:
     for contradiction, words in contradictions(params):
         if contradiction:
             raise InputError(f"distill: {words}")
-
-
-def timm_networks() -> set[str]:
-    """Names of timm's networks, read from its source: importing it would take seconds."""
-    spec = find_spec("timm")
-    if spec is None or spec.origin is None:
-        return set()
-    pattern = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
-    modules = (Path(spec.origin).parent / "models").glob("*.py")
-    found = {name for module in modules for name in pattern.findall(module.read_text())}
-    return found | set(ALIASES)
 
 
 def gates(params: DistillParams, facts: Facts) -> list[Gate]:

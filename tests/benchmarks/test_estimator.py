@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metis.cost_model import BOARDS, load_cost_model, published_rows
+from metis.estimate.cost_model import BOARDS, load_cost_model, published_rows
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "estimator.py"
 

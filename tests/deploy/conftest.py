@@ -17,7 +17,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from metis.backend import CompiledModel, QuantizedModel, open_backend
-from pipeline.bundle import BUNDLED, BundleLimits, assemble_bundle
+from pipeline.delivery.bundle import BUNDLED, assemble_bundle
+from pipeline.params.benchmark import BundleLimits
 
 ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"

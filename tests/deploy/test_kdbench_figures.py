@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from pipeline.metrics import paired_difference
+from pipeline.tasks.metrics import paired_difference
 
 
 @pytest.fixture(scope="module")

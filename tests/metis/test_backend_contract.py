@@ -8,8 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from stand_in_sdk import install_stand_in
 
 from metis.backend import SCHEMES, BackendError, CompiledModel, QuantizedModel
-from metis.emulator import Emulator
-from metis.voyager import Voyager
+from metis.emulator.backend import Emulator
+from metis.voyager.backend import Voyager
 from preprocessing.int8 import from_device, to_device
 
 BACKENDS = ("emulator", "stand-in", pytest.param("sdk", marks=pytest.mark.sdk))

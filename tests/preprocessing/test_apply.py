@@ -8,16 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from preprocessing.apply import (
-    device_image,
-    encode,
-    resize,
-    resize_float,
-    scale,
-    student_tensor,
-    teacher_tensor,
-)
-from preprocessing.contract import StudentInput, linear_encoding, parse_contract
+from preprocessing.apply import device_image, encode, scale, student_tensor, teacher_tensor
+from preprocessing.contract import parse_contract
+from preprocessing.resize import resize, resize_float
+from preprocessing.student_input import StudentInput, linear_encoding
 
 
 def contract_of(scaling, mu, sigma, labels=("a", "b")):

@@ -5,13 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocessing.contract import (
-    ContractError,
-    StudentInput,
-    linear_encoding,
-    load_contract,
-    parse_contract,
-)
+from preprocessing.contract import ContractError, load_contract, parse_contract
+from preprocessing.student_input import StudentInput, linear_encoding
 
 
 def contract_tree():

@@ -6,10 +6,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from pipeline.calibration_set import choose_samples
-from pipeline.splits import DatasetSplit
-from pipeline.stage import InputError
-from pipeline.stages.calibrate import CalibrateParams, gates
+from pipeline.calibration.samples import choose_samples
+from pipeline.data.dataset import DatasetSplit
+from pipeline.params.calibrate import CalibrateParams
+from pipeline.run.errors import InputError
+from pipeline.stages.calibrate import gates
 
 
 def split(counts, duplicates=0):

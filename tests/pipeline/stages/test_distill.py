@@ -2,17 +2,17 @@ import onnx
 import pytest
 import timm
 
-from metis.operators import check_model
-from pipeline.recipe import (
-    ALIASES,
+from metis.operators.report import check_model
+from pipeline.networks.names import ALIASES, timm_networks
+from pipeline.params.distill import (
     DistillParams,
     FeatureParams,
     QuantizationAwareParams,
     float_part,
     loss_in_words,
 )
-from pipeline.stage import ExtraMissingError, InputError
-from pipeline.stages.distill import gates, ready, timm_networks
+from pipeline.run.errors import ExtraMissingError, InputError
+from pipeline.stages.distill import gates, ready
 
 
 def test_the_networks_read_from_timms_source_are_those_it_registers():
@@ -150,7 +150,9 @@ def test_tensorboard_gets_every_part_of_the_loss(finished):
 
 
 def test_a_logger_that_is_not_installed_is_asked_for(monkeypatch):
-    monkeypatch.setattr("pipeline.stage.find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr(
+        "pipeline.run.errors.find_spec", lambda name: None if name == "wandb" else name
+    )
     with pytest.raises(ExtraMissingError, match=r"wandb not installed; .*kdpipe\[wandb\]"):
         ready(DistillParams(loggers=("wandb",)))
 

@@ -5,10 +5,11 @@ import onnxruntime as ort
 import pytest
 from tiny_project import make_teacher
 
-from pipeline.splits import DatasetSplit
-from pipeline.teaching import Teaching
+from pipeline.data.dataset import DatasetSplit
+from pipeline.teachers.soft_targets import Teaching
 from preprocessing.apply import encode, teacher_tensor
-from preprocessing.contract import StudentInput, load_contract
+from preprocessing.contract import load_contract
+from preprocessing.student_input import StudentInput
 
 
 def facts(project):

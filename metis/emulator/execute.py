@@ -1,0 +1,96 @@
+"""Graphs run in batches, as the compiled model would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from metis.emulator.device_tensors import device_specs
+from metis.emulator.kernels import arithmetic
+from metis.graph.sessions import open_with_options
+from metis.quantize.folding import Parts
+from preprocessing.int8 import TensorSpec, dequantize, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+#: Frames per call of the host's int8 model.
+_BATCH = 64
+
+
+def run_session(session: ort.InferenceSession, batch: NDArray[Any]) -> NDArray[Any]:
+    """The first output of a session with one input."""
+    made: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    return made
+
+
+Step = Callable[["NDArray[np.float32]"], "NDArray[np.float32]"]
+
+
+def run_graphs(
+    graphs: Sequence[tuple[onnx.ModelProto | None, Mapping[str, str]]],
+    frames: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Run graphs with a free batch one after the other, without a file.
+
+    Args:
+        graphs: each with its options for onnxruntime; None is passed over.
+        frames: float32 (N, C, H, W).
+
+    Returns:
+        Logits, float32 (N, classes).
+    """
+    steps = [
+        partial(run_session, open_with_options(graph.SerializeToString(), options))
+        for graph, options in graphs
+        if graph is not None
+    ]
+    return run_in_batches(steps, frames)
+
+
+def int8_logits(
+    parts: Parts, graph: onnx.ModelProto, scheme: str, frames: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What `Emulator.infer` gives for this int8 graph of the core, without a file."""
+    options = arithmetic(scheme)[1]
+    steps: list[Step] = [
+        partial(put_on_grid, spec=device_specs(graph)[0]),
+        partial(run_session, open_with_options(graph.SerializeToString(), options)),
+    ]
+    if parts.preamble is not None:
+        steps.insert(
+            0, partial(run_session, open_with_options(parts.preamble.SerializeToString(), {}))
+        )
+    if parts.postamble is not None:
+        steps.append(
+            partial(run_session, open_with_options(parts.postamble.SerializeToString(), {}))
+        )
+    return run_in_batches(steps, frames)
+
+
+def run_in_batches(steps: Sequence[Step], frames: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits (N, classes) after all steps, computed for a limited number of frames at a time."""
+    logits = []
+    for batch in np.array_split(frames, max(1, -(-len(frames) // _BATCH))):
+        made = batch
+        for step in steps:
+            made = step(made)
+        logits.append(made.reshape(len(batch), -1))
+    return np.concatenate(logits)
+
+
+def put_on_grid(tensor: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.float32]:
+    """Real values as the device input's codes carry them.
+
+    onnxruntime rounds before it adds the zero point, the SDK after. Values that lie on the int8
+    grid already come out the same either way.
+    """
+    return dequantize(quantize(tensor, spec.scale, spec.zero_point), spec.scale, spec.zero_point)

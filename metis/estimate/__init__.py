@@ -1,0 +1,1 @@
+"""The frame rate before there is a card."""

@@ -1,0 +1,1 @@
+"""ONNX graphs: views, edits, ends, sessions; knows nothing of the chip."""

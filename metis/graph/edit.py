@@ -1,0 +1,44 @@
+"""Small readings and edits of ONNX graphs that several rooms need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from onnx import helper, numpy_helper
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+def constants_of(model: onnx.ModelProto) -> dict[str, Array]:
+    """Every initializer as an array."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """Every attribute of a node by name."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def with_batch(model: onnx.ModelProto, batch: int | str) -> onnx.ModelProto:
+    """A copy whose first dimension, everywhere, is `batch`: a number, or a name for a free one."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for value in [*result.graph.input, *result.graph.output]:
+        dim = value.type.tensor_type.shape.dim[0]
+        if isinstance(batch, str):
+            dim.dim_param = batch
+        else:
+            dim.dim_value = batch
+    del result.graph.value_info[:]
+    targets = {node.input[1] for node in result.graph.node if node.op_type == "Reshape"}
+    for initializer in result.graph.initializer:
+        if initializer.name in targets:
+            shape = numpy_helper.to_array(initializer).copy()
+            if len(shape) and shape[0] == 1:
+                shape[0] = 0  # "as in the input", which is the batch
+                initializer.CopyFrom(numpy_helper.from_array(shape, initializer.name))
+    return result

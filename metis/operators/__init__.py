@@ -1,0 +1,1 @@
+"""The chip's operator rules, verdicts and exact rewrites."""

@@ -1,0 +1,91 @@
+"""Operators that the vendor's list lacks: what cures them, if anything does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+
+from metis.graph.view import Node, UnknownShapeError
+from metis.operators.hard_patterns import hard_pattern
+from metis.operators.rules import RULES, Finding, in_its_place, is_dense, keeps_order
+
+#: Listed, but for places that no classifier of ours has: judged like those that are not listed.
+ELSEWHERE = {
+    "MatMul": "only inside YOLO11's attention",
+    "Softmax": "only inside YOLO11's attention",
+    "Transpose": "only no-ops",
+}
+
+UNLISTED = "not listed: host, at the edges of the graph only"
+
+
+def _is_noop(node: onnx.NodeProto) -> bool:
+    perm = [list(a.ints) for a in node.attribute if a.name == "perm"]
+    return node.op_type == "Transpose" and perm == [[0, 1, 2, 3]]
+
+
+def is_listed(node: onnx.NodeProto) -> bool:
+    """Whether the vendor's list has a rule for this operator, in this use of it."""
+    return node.domain in ("", "ai.onnx") and (node.op_type in RULES or _is_noop(node))
+
+
+def _global_pool(node: Node) -> str:
+    """A mean over height and width; without them kept, a Flatten must be able to follow."""
+    axes = node.attribute("axes") if node.attribute("axes") is not None else node.value(1)
+    if axes is None or len(node.shape()) != 4 or {int(a) % 4 for a in axes} != {2, 3}:
+        return ""
+    return "global pool" if node.attribute("keepdims", 1) or in_its_place(node) else ""
+
+
+def _identity(node: Node) -> str:
+    """What hands on its input can go, unless both are outputs of the graph."""
+    source, made, graph = node.proto.input[0], node.proto.output[0], node.graph
+    is_needed = made in graph.outputs and (source in graph.outputs or source not in graph.maker)
+    return "" if is_needed else "identity"
+
+
+def _nothing_dropped(node: Node) -> str:
+    masks = node.proto.output[1:]
+    read = any(node.graph.readers(mask) or mask in node.graph.outputs for mask in masks)
+    drops = node.has(2) and node.scalar(2) != 0
+    return "" if read or drops else _identity(node)
+
+
+_RESCUES: dict[str, Callable[[Node], str]] = {
+    "Div": lambda node: (hard_pattern(node) or ("",))[0],
+    "Dropout": _nothing_dropped,
+    "Identity": _identity,
+    "MatMul": lambda node: "gemm" if is_dense(node) else "",
+    "ReduceMean": _global_pool,
+    "Transpose": lambda node: _identity(node) if keeps_order(node) else "",
+}
+
+_ADVICE = {
+    "ArgMax": "leave it to the host program",
+    "Erf": "use ReLU or Hardswish instead of GELU and train again",
+    "Gelu": "use ReLU or Hardswish and train again",
+    "LayerNormalization": "use BatchNorm and train again",
+    "Softmax": "leave it out of the graph: the host program does it",
+    "Transpose": "keep the graph NCHW",
+}
+
+
+def _unlisted(node: Node) -> Finding:
+    op_type = node.proto.op_type
+    rewrite = _RESCUES[op_type](node) if op_type in _RESCUES else ""
+    reason = ELSEWHERE.get(op_type, "not in the list of operators")
+    return Finding(reason, _ADVICE.get(op_type, ""), rewrite)
+
+
+def find(node: Node) -> list[Finding]:
+    """What the rules have to say about a node; nothing when it simply runs on the chip."""
+    if all(node.graph.is_fixed(name) for name in node.proto.output):
+        return [Finding("it computes a constant", rewrite="constants")]
+    try:
+        if not is_listed(node.proto):
+            return [_unlisted(node)]
+        check = RULES[node.proto.op_type][1] if node.proto.op_type in RULES else None
+        return list(check(node)) if check is not None else []
+    except UnknownShapeError as unknown:
+        return [Finding(str(unknown), "export with fixed shapes")]

@@ -1,0 +1,115 @@
+"""Weights put on their int8 grid inside the float graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from metis.graph.edit import attributes_of, constants_of
+from metis.quantize.grids import channel_axis, on_grid, tensor_grid, weight_scales
+from metis.quantize.observers import Observer
+from metis.quantize.placement import compute_nodes, place
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from metis.quantize.folding import Parts
+    from metis.quantize.ranges import Ranges
+
+
+def baked(
+    parts: Parts,
+    seen: Observer,
+    ranges: Ranges,
+    *,
+    correct_bias: bool = True,
+    clip_weights: bool = False,
+) -> onnx.ModelProto:
+    """The whole student, batch 1, that loses nothing more when its weights are rounded to int8.
+
+    Weights lie on the grid of `weight_scales`; weights of dead channels are exactly 0. With
+    `correct_bias`, every bias takes up the mean of what rounding changes: `sum(dW * E[x])` over the
+    kernel, from the channel means of the layer's input.
+
+    Args:
+        parts: of `metis.folding.prepare`.
+        seen: the pass over the calibration set, with the means of every layer's input.
+        ranges: of its tensors, for the guard of the bias.
+        correct_bias: move the biases.
+        clip_weights: shrink a channel's range where that lowers the squared error of its weights.
+
+    Source:
+        Nagel, van Baalen, Blankevoort, Welling 2019, section 4.2 (bias correction).
+    """
+    result = _without_initializers(parts.student)
+    constants = constants_of(parts.student)
+    placement = place(parts.core)
+    on_chip = {node.output[0] for node in compute_nodes(parts.core)}
+    write = result.graph.initializer.append
+    for node in compute_nodes(result):
+        if node.output[0] not in on_chip:
+            continue
+        axis, made = channel_axis(node), node.output[0]
+        weight = constants[node.input[1]]
+        bias = constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
+        source = tensor_grid(ranges.of(placement.root[node.input[0]])).scale
+        kept = _clipped(weight, axis) if clip_weights else weight
+        scales = weight_scales(kept, bias, source, axis)
+        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+        rounded = on_grid(kept, scales, axis).astype(np.float32) * scales.reshape(shape)
+        names = [node.input[0], f"{made}/baked_w"]
+        write(numpy_helper.from_array(rounded, names[1]))
+        if correct_bias or bias is not None:
+            names.append(f"{made}/baked_b")
+            start = np.zeros(len(scales)) if bias is None else bias.astype(np.float64)
+            if correct_bias:
+                start = start + _lost(node, weight - rounded, seen.means(node.input[0]))
+            write(numpy_helper.from_array(start.astype(np.float32), names[2]))
+        del node.input[:]
+        node.input.extend(names)
+    read = {name for node in result.graph.node for name in node.input}
+    result.graph.initializer.extend(t for t in parts.student.graph.initializer if t.name in read)
+    return result
+
+
+def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    graph = model.graph
+    bare = helper.make_graph(graph.node, graph.name, graph.input, graph.output)
+    return helper.make_model(bare, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _lost(
+    node: onnx.NodeProto, dw: NDArray[np.float32], means: NDArray[np.float64]
+) -> NDArray[Any]:
+    """Mean per output channel that the missing part `dw` of the weights would have added."""
+    lost: NDArray[Any]
+    if node.op_type == "Gemm":
+        lost = dw.astype(np.float64) @ means
+        return lost
+    taps = dw.astype(np.float64).sum(axis=(2, 3))
+    if node.op_type == "ConvTranspose":  # weights are (in, out, kh, kw); the chip has no groups
+        lost = means @ taps
+        return lost
+    group = attributes_of(node).get("group", 1)
+    parts = taps.reshape(group, -1, taps.shape[1])
+    lost = np.einsum("goi,gi->go", parts, means.reshape(group, -1)).ravel()
+    return lost
+
+
+def _clipped(weight: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Every output channel cut at the share of its largest weight that rounds with least error."""
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    top = np.abs(rows).max(axis=1, keepdims=True)
+    best, least = rows, np.full(len(rows), np.inf)
+    for share in np.linspace(1.0, 0.5, 26):
+        step = np.maximum(top * share / 127, np.finfo(np.float32).tiny)
+        cut = np.clip(rows, -top * share, top * share)
+        error = np.square(np.rint(cut / step) * step - rows).sum(axis=1)
+        best = np.where((error < least)[:, None], cut, best)
+        least = np.minimum(error, least)
+    moved = np.moveaxis(weight, axis, 0).shape
+    result: NDArray[np.float32] = np.moveaxis(best.reshape(moved), 0, axis).astype(np.float32)
+    return result

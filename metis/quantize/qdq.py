@@ -1,0 +1,229 @@
+"""A folded float student to int8: where the codes lie, the QDQ graph, and the baked float graph.
+
+The QDQ graph says in plain ONNX what Metis computes, by documented facts and stated assumptions
+(`metis.emulator`): activations asymmetric per tensor, weights symmetric per output channel by
+min-max, bias int32 with the scale of the accumulator.
+
+The baked graph is an ordinary float student whose weights already lie on that grid and whose biases
+make up for what the rounding of the weights shifts. Any quantizer that uses min-max per channel
+finds the same codes again, so the gain does not depend on whose quantizer it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from metis.graph.edit import constants_of
+from metis.quantize.folding import COMPUTE
+from metis.quantize.grids import (
+    UINT8_SHIFT,
+    Grid,
+    channel_axis,
+    on_grid,
+    tensor_grid,
+    weight_scales,
+)
+from metis.quantize.placement import place
+from metis.quantize.ranges import grid
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from numpy.typing import NDArray
+
+    from metis.quantize.ranges import Ranges
+
+
+def quantized_graph(
+    core: onnx.ModelProto,
+    ranges: Ranges,
+    *,
+    scheme: str,
+    only: Collection[str] | None = None,
+) -> onnx.ModelProto:
+    """Write a folded float graph as QDQ: opset 17, free batch, float ends.
+
+    Args:
+        core: of `metis.folding.prepare`.
+        ranges: of its tensors.
+        scheme: `hybrid_per_tensor_per_channel` gives inputs of depthwise convolutions a grid per
+            channel; the others differ in how the ranges were chosen.
+        only: names of first outputs of nodes; all others stay float. None: no node stays float.
+
+    Raises:
+        RangeError: a tensor has no range.
+    """
+    return _Writer(core, ranges, scheme, only).write()
+
+
+class _Writer:
+    def __init__(
+        self, core: onnx.ModelProto, ranges: Ranges, scheme: str, only: Collection[str] | None
+    ) -> None:
+        self._core = core
+        self._placement = place(core)
+        self._constants = constants_of(core)
+        hybrid = scheme.startswith("hybrid")
+        per_channel = set(self._placement.depthwise) if hybrid else set()
+        self._grids = {
+            name: tensor_grid(ranges.of(name), per_channel=name in per_channel)
+            for name in self._placement.tensors
+        }
+        self._only = only
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._only_as_codes: dict[str, str] = {}  # tensor -> its float name after the codes
+        self._also_as_codes: dict[str, str] = {}  # the same, where the float tensor is there too
+        # Float constants that parametrize an operator are no operands and stay as they are.
+        self._parameters = {
+            name
+            for node in core.graph.node
+            if node.op_type not in ("Add", "Mul", "Sub", "Concat")
+            for name in node.input
+        }
+
+    def write(self) -> onnx.ModelProto:
+        graph = self._core.graph
+        removed = self._removable()
+        renamed = {node.input[0]: node.output[0] for node in removed}
+        skipped = {node.output[0] for node in removed}
+        for node in graph.node:
+            if node.output[0] not in skipped:
+                self._add(node, renamed)
+        result = helper.make_model(
+            helper.make_graph(
+                self._nodes,
+                "metis_int8",
+                graph.input,
+                graph.output,
+                list(self._initializers.values()),
+            ),
+            opset_imports=[helper.make_opsetid("", 17)],
+        )
+        result.ir_version = 8
+        return result
+
+    def _removable(self) -> list[onnx.NodeProto]:
+        """Activations that saturation does exactly: lo is 0 and hi is not beyond the clip's."""
+        found = []
+        for node in self._placement.fused.values():
+            if not self._is_int8(node.output[0]):
+                continue
+            here = self._grids[self._placement.root[node.output[0]]]
+            top = float(((127 - here.zero_point) * here.scale).max())
+            limit = self._constants[node.input[2]] if node.op_type == "Clip" else np.inf
+            if (here.zero_point == -128).all() and top <= float(limit) * (1 + 1e-6):
+                found.append(node)
+        return found
+
+    def _is_int8(self, made: str) -> bool:
+        """Whether the node that makes this tensor is quantized, or the one it is fused into."""
+        fused = self._placement.fused
+        if self._only is None:
+            return True
+        if made in self._only:
+            return True
+        return any(n.output[0] == made and n.input[0] in self._only for n in fused.values())
+
+    def _add(self, node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+        made = [renamed.get(name, name) for name in node.output]
+        int8 = self._is_int8(made[0])
+        if int8 and node.op_type in COMPUTE:
+            inputs = [self._input(node.input[0], int8), *self._weights(node)]
+        else:
+            inputs = [self._input(name, int8) for name in node.input]
+        stored = [int8 and name in self._placement.root for name in made]
+        raw = [f"{n}/float" if is_stored else n for n, is_stored in zip(made, stored, strict=True)]
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        del copied.input[:], copied.output[:]
+        copied.input.extend(inputs)
+        copied.output.extend(raw)
+        self._nodes.append(copied)
+        for name, before, is_stored in zip(made, raw, stored, strict=True):
+            if is_stored:
+                last = name == self._core.graph.output[0].name
+                self._only_as_codes[name] = self._pair(before, name, name if last else None)
+
+    def _input(self, name: str, int8: bool) -> str:
+        """What a node reads instead of this tensor."""
+        if name in self._only_as_codes:
+            return self._only_as_codes[name]
+        if name in self._constants:
+            return self._operand(name) if int8 else self._keep(name, self._constants[name])
+        if not int8 or name not in self._placement.root:
+            return name
+        if name not in self._also_as_codes:  # the graph's input, or made by a node that stays float
+            self._also_as_codes[name] = self._pair(name, name, None)
+        return self._also_as_codes[name]
+
+    def _operand(self, name: str) -> str:
+        """A constant operand of an element-wise operator gets a grid of its own."""
+        if f"{name}/codes" in self._initializers:  # another operator has it too
+            return f"{name}/int8"
+        value = self._constants[name]
+        if value.dtype != np.float32 or name in self._parameters:
+            return self._keep(name, value)
+        scale, zero = grid(float(value.min()), float(value.max()))
+        codes = np.clip(np.rint(value / scale) + zero, -128, 127) + UINT8_SHIFT
+        self._keep(f"{name}/codes", codes.astype(np.uint8))
+        pair = self._scale_and_zero(name, Grid(np.array([scale]), np.array([zero])))
+        self._nodes.append(
+            helper.make_node("DequantizeLinear", [f"{name}/codes", *pair], [f"{name}/int8"])
+        )
+        return f"{name}/int8"
+
+    def _pair(self, before: str, tensor: str, after: str | None) -> str:
+        """Quantize and dequantize a tensor; the name of the result, which may be given."""
+        after = after or f"{tensor}/int8"
+        here = self._grids[self._placement.root[tensor]]
+        pair = self._scale_and_zero(self._placement.root[tensor], here)
+        codes = f"{tensor}/codes"
+        for kind, source, made in (
+            ("QuantizeLinear", before, codes),
+            ("DequantizeLinear", codes, after),
+        ):
+            self._nodes.append(helper.make_node(kind, [source, *pair], [made], axis=1))
+        return after
+
+    def _scale_and_zero(self, name: str, here: Grid) -> tuple[str, str]:
+        scale, zero = here.scale, (here.zero_point + UINT8_SHIFT).astype(np.uint8)
+        if len(scale) == 1:
+            scale, zero = scale[0], zero[0]
+        self._keep(f"{name}/scale", np.asarray(scale))
+        self._keep(f"{name}/zero", np.asarray(zero))
+        return f"{name}/scale", f"{name}/zero"
+
+    def _keep(self, name: str, value: NDArray[Any]) -> str:
+        self._initializers[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def _weights(self, node: onnx.NodeProto) -> list[str]:
+        axis, made = channel_axis(node), node.output[0]
+        weight = self._constants[node.input[1]]
+        bias = self._constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
+        source = self._grids[self._placement.root[node.input[0]]].scale
+        source = np.repeat(source, weight.shape[axis] // len(source))  # one per output channel
+        scales = weight_scales(weight, bias, source, axis)
+        zeros = np.zeros(len(scales), np.int8)
+        names = [
+            self._keep(f"{made}/w", on_grid(weight, scales, axis)),
+            self._keep(f"{made}/w_scale", scales),
+            self._keep(f"{made}/w_zero", zeros),
+        ]
+        make = helper.make_node
+        self._nodes.append(make("DequantizeLinear", names, [f"{made}/w_int8"], axis=axis))
+        if bias is None:
+            return [f"{made}/w_int8"]
+        steps = (source.astype(np.float32) * scales).astype(np.float32)
+        names = [
+            self._keep(f"{made}/b", np.rint(bias / steps.astype(np.float64)).astype(np.int32)),
+            self._keep(f"{made}/b_scale", steps),
+            self._keep(f"{made}/b_zero", np.zeros(len(steps), np.int32)),
+        ]
+        self._nodes.append(make("DequantizeLinear", names, [f"{made}/b_int32"], axis=0))
+        return [f"{made}/w_int8", f"{made}/b_int32"]

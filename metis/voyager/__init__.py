@@ -1,0 +1,1 @@
+"""The backend on the Voyager SDK: its YAML, its child process, its artifacts."""

@@ -1,0 +1,205 @@
+"""The backend on Axelera's Voyager SDK, releases 1.6 to 1.8. Never imports the SDK.
+
+Every verb is one child process in the SDK's interpreter, see `metis.voyager.process`; what the SDK
+says there goes to the log of the stage.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from metis.backend import SCHEMES, BackendError, CompiledModel, Probe, QuantizedModel, SdkOptions
+from metis.voyager.artifacts import Artifacts, collect
+from metis.voyager.process import find_interpreter, fresh_folder, work
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+#: Share of a chip's memory for each core; more, and four instances don't fit beside each other.
+RESOURCES_PER_CORE = 0.25
+
+#: Name of the model inside the SDK. Names of known networks would select the SDK's own presets.
+MODEL_NAME = "student"
+
+#: In the folder of a quantized model: what the SDK exported, the float ONNX, how it was made.
+EXPORT, FLOAT_ONNX, RECORD = "sdk", "student.onnx", "sdk.json"
+
+
+class Voyager:
+    """Drives the SDK that `compile.sdk_python`, $KDPIPE_SDK_PYTHON or this interpreter has."""
+
+    name = "voyager"
+
+    def __init__(self, options: SdkOptions | None = None) -> None:
+        self._options = options or SdkOptions()
+
+    def probe(self) -> Probe:
+        """Releases of devkit, rt, Python and torch in the SDK's interpreter. See `Backend`."""
+        found = find_interpreter()
+        versions = dict(found.versions) if "axelera-devkit" in found.versions else {}
+        return Probe(not found.problem, versions, found.problem)
+
+    def quantize(
+        self,
+        student: Path,
+        samples: Path,
+        into: Path,
+        *,
+        scheme: str,
+        progress: Callable[[int], object] = lambda n: None,
+        ranges: Path | None = None,
+    ) -> QuantizedModel:
+        """Let the SDK observe the samples, and keep its export. See `Backend`."""
+        if scheme not in SCHEMES:
+            raise BackendError(f"the SDK has no scheme {scheme!r}; use {', '.join(SCHEMES)}")
+        with fresh_folder(into.parent) as folder:
+            said = self._work(
+                "quantize",
+                folder,
+                progress,
+                student=str(student.absolute()),
+                samples=str(samples.absolute()),
+                settings=settings_for(scheme, cores=1),
+                export=EXPORT,
+            )
+            into.mkdir(parents=True)
+            shutil.move(folder / "work" / EXPORT, into / EXPORT)
+        shutil.copyfile(student, into / FLOAT_ONNX)
+        interpreter = find_interpreter()
+        record = {"versions": interpreter.versions, **said}
+        (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        made = QuantizedModel(
+            path=into,
+            entry=EXPORT,
+            backend=self.name,
+            version=interpreter.release,
+            scheme=scheme,
+            inputs=(),  # the SDK decides on layout and padding when it compiles
+            outputs=(),
+        )
+        made.save()
+        return made
+
+    def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the SDK's quantized model on this machine's CPU. See `Backend`."""
+        import numpy as np
+
+        with fresh_folder() as folder:
+            tensors, logits = folder / "inputs.npy", folder / "logits.npy"
+            np.save(tensors, np.ascontiguousarray(inputs, np.float32))
+            self._work(
+                "infer",
+                folder,
+                quantized=str((model.path / model.entry).absolute()),
+                inputs=str(tensors.absolute()),
+                outputs=str(logits.absolute()),
+            )
+            made: NDArray[np.float32] = np.load(logits)
+        return made
+
+    def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
+        """Lower the SDK's quantized model; load and run it where there is a card. See `Backend`."""
+        with fresh_folder(into.parent) as folder:
+            # The compiler clears its output folder; it must not find the only copy of anything.
+            said = self._work(
+                "compile",
+                folder,
+                quantized=str((model.path / model.entry).absolute()),
+                settings=settings_for(model.scheme, aipu_cores),
+                output_dir="compiled",
+            )
+            return self.adopt(model, folder / "work", into, aipu_cores, said)
+
+    def adopt(
+        self, model: QuantizedModel, work_folder: Path, into: Path, cores: int, said: dict[str, Any]
+    ) -> CompiledModel:
+        """Make a compiled model of what a compiler left in its working folder, and prove it.
+
+        Raises:
+            BackendError: there is nothing loadable, or it does not fit the quantized model.
+        """
+        into.mkdir(parents=True)
+        found = collect(work_folder, into)
+        _check(found, into, cores)
+        interpreter = find_interpreter()
+        record = {
+            "versions": interpreter.versions,
+            "manifest_version": found.manifest_version,
+            "axm": found.axm,
+            "run": self._run(into / found.entry, cores),
+            **said,
+        }
+        (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        made = CompiledModel(
+            path=into,
+            entry=found.entry,
+            backend=self.name,
+            version=interpreter.release,
+            runtime="axelera",
+            aipu_cores=cores,
+            inputs=found.inputs,
+            outputs=found.outputs,
+            preamble=found.preamble,
+            postamble=found.postamble,
+        )
+        made.save()
+        return made
+
+    def _run(self, entry: Path, cores: int) -> dict[str, Any]:
+        """One inference, where it can be done: a compile without an error is not a model yet."""
+        if entry.suffix != ".json":
+            return {"ran": False, "why": f"{entry.name} holds no model.json"}
+        with fresh_folder() as folder:
+            return self._work("run", folder, model=str(entry.absolute()), cores=cores)
+
+    def _work(
+        self,
+        verb: str,
+        folder: Path,
+        progress: Callable[[int], object] = lambda n: None,
+        **request: Any,  # noqa: ANN401 - JSON
+    ) -> dict[str, Any]:
+        return work(
+            verb,
+            {"extra": dict(self._options.extra), **request},
+            folder,
+            time_limit_s=self._options.time_limit_s,
+            progress=progress,
+        )
+
+
+def settings_for(scheme: str, cores: int) -> dict[str, Any]:
+    """What is never left to the SDK's defaults, on which its own pages disagree."""
+    return {
+        "model_name": MODEL_NAME,
+        "scheme": scheme,
+        "cores": cores,
+        "resources": RESOURCES_PER_CORE * cores,
+        # Relative: from an absolute one, release 1.7 was seen to make models that don't load.
+        "output_dir": "compiled",
+        "axm": cores == 1,  # an archive is for one core (SDK 1.7, Pipeline Builder)
+    }
+
+
+def _check(found: Artifacts, into: Path, cores: int) -> None:
+    """The device tensors are those of a classifier compiled for this many cores."""
+    if len(found.inputs) != 1 or len(found.outputs) != 1:
+        raise BackendError(
+            f"the compiled model has {len(found.inputs)} inputs and {len(found.outputs)} outputs; "
+            "kdpipe's students have one of each"
+        )
+    batches = {spec.unpadded[0] for spec in (*found.inputs, *found.outputs)}
+    if batches != {cores}:
+        raise BackendError(
+            f"the compiled model takes {batches} frames a call, and {cores} cores were asked for"
+        )
+    for name in filter(None, (found.entry, found.preamble, found.postamble)):
+        if not (into / name).is_file():
+            raise BackendError(f"the compiled model lacks {name}")

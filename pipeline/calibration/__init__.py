@@ -1,0 +1,1 @@
+"""Which patches calibrate, how to quantize, what int8 costs."""

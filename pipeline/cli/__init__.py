@@ -1,0 +1,1 @@
+"""Words in, lines out: the command line, one file per group of commands."""

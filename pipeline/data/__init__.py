@@ -1,0 +1,1 @@
+"""The user's files as splits, and the dataset that later stages read."""

@@ -1,0 +1,191 @@
+"""Assemble the folder that travels to the device, and pack it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tarfile
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metis.backend import CompiledModel, QuantizedModel, open_backend
+from pipeline.params.benchmark import BUNDLED, BundleLimits
+from pipeline.run.errors import StageError
+from pipeline.run.files import folder_files, new_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.run.state import RunState
+
+
+SCHEMA = 2
+
+
+def assemble_bundle(
+    inputs: Mapping[str, Path],
+    into: Path,
+    *,
+    golden_samples: int,
+    limits: BundleLimits,
+    progress: Callable[[int], object] = lambda n: None,
+) -> None:
+    """Write a bundle that needs nothing but Python, numpy and the model's runtime.
+
+    The same artifacts give the same bytes.
+
+    Args:
+        inputs: the artifacts of `BUNDLED`, verified.
+        into: folder to fill, or to make.
+        golden_samples: validation images that prove the bundle where it runs.
+        limits: what kdbench accepts there.
+        progress: called with the number of test images that the float student has just answered.
+    """
+    from preprocessing.contract import load_contract
+
+    compiled = CompiledModel.load(inputs["compiled_model"])
+    into.mkdir(exist_ok=True)
+    shutil.copytree(compiled.path, into / "model")
+    for name in ("contract", "student_input", "labels"):
+        shutil.copyfile(inputs[name], into / inputs[name].name)
+    for yaml in inputs["device_pipeline"].glob("*.yaml"):
+        shutil.copyfile(yaml, into / "pipeline.yaml")
+    _save_arrays(into / "golden.npz", _golden(inputs, golden_samples))
+    _save_arrays(into / "test.npz", _test(inputs, progress))
+    package = Path(__file__).resolve().parents[2] / "preprocessing"
+    (into / "preprocessing").mkdir()
+    for module in sorted(package.glob("*.py")):
+        shutil.copyfile(module, into / "preprocessing" / module.name)
+    for file in sorted(deploy_folder().iterdir()):
+        if file.suffix in (".py", ".md"):
+            shutil.copyfile(file, into / file.name)
+    files = {
+        file.relative_to(into).as_posix(): sha256(file.read_bytes()).hexdigest()
+        for file in folder_files(into)
+    }
+    model = {name: digest for name, digest in files.items() if name.startswith("model/")}
+    index = {
+        "schema": SCHEMA,
+        "contract": load_contract(inputs["contract"]).sha256,
+        "runtime": compiled.runtime,
+        "backend": f"{compiled.backend} {compiled.version}",
+        "aipu_cores": compiled.aipu_cores,
+        "model": f"model/{compiled.entry}",
+        "model_digest": sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+        "preamble": compiled.preamble and f"model/{compiled.preamble}",
+        "postamble": compiled.postamble and f"model/{compiled.postamble}",
+        "session": compiled.session,
+        "inputs": [asdict(spec) for spec in compiled.inputs],
+        "outputs": [asdict(spec) for spec in compiled.outputs],
+        "limits": asdict(limits),
+        "files": files,
+    }
+    (into / "bundle.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def write_whole(state: RunState, dest: Path) -> int:
+    """The bundle of a run that is compiled; all of it, or nothing.
+
+    Args:
+        state: of the run; its artifacts were examined.
+        dest: folder to make.
+
+    Returns:
+        How many files it has.
+
+    Raises:
+        InputError: there is something already, or it can't be written there.
+    """
+    artifacts = {name: state.artifact(name) for name in BUNDLED}
+    inputs = {name: state.folder / found.path for name, found in artifacts.items() if found}
+    params = state.config.params["benchmark"]
+    with new_folder(dest) as folder:
+        assemble_bundle(
+            inputs, folder, golden_samples=params.golden_samples, limits=params.bundle_limits
+        )
+    return sum(1 for _ in folder_files(dest))
+
+
+def _golden(inputs: Mapping[str, Path], count: int) -> dict[str, NDArray[np.generic]]:
+    """Images (uint8, NHWC), tensors (float32, NCHW), logits (float32, of the int8 host model)."""
+    from pipeline.data.dataset import DatasetSplit
+    from preprocessing.apply import student_tensor
+    from preprocessing.student_input import StudentInput
+
+    images = DatasetSplit.load(inputs["dataset"] / "val").spread(count).images
+    tensors = student_tensor(images, StudentInput.load(inputs["student_input"]))
+    quantized = QuantizedModel.load(inputs["quantized_model"])
+    logits = open_backend(quantized.backend).infer(quantized, tensors)
+    return {"images": images, "tensors": tensors, "logits": logits}
+
+
+def _test(
+    inputs: Mapping[str, Path], progress: Callable[[int], object]
+) -> dict[str, NDArray[np.generic]]:
+    """Images (uint8, NHWC), labels (int64), float_classes (int64, of the float student)."""
+    import numpy as np
+
+    from pipeline.data.dataset import DatasetSplit
+    from pipeline.networks.inference import reference_logits
+    from preprocessing.apply import student_tensor
+    from preprocessing.student_input import StudentInput
+
+    given = StudentInput.load(inputs["student_input"])
+    test = DatasetSplit.load(inputs["test_set"])
+    classes = []
+    for start in range(0, len(test.labels), 256):
+        tensors = student_tensor(test.images[start : start + 256], given)
+        classes.append(reference_logits(inputs["student"], tensors).argmax(1))
+        progress(len(tensors))
+    return {
+        "images": test.images,
+        "labels": test.labels,
+        "float_classes": np.concatenate(classes).astype(np.int64),
+    }
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    import numpy
+
+    numpy.savez(path, allow_pickle=False, **arrays)
+
+
+def pack_bundle(folder: Path, archive: Path) -> str:
+    """Write the folder as a .tar.gz whose bytes depend on its files and its name alone.
+
+    Args:
+        folder: the bundle.
+        archive: file to write; it holds one folder, named as `folder` is.
+
+    Returns:
+        sha256 of the archive.
+    """
+    with (
+        archive.open("wb") as out,
+        # No name and no time in gzip's header; no owner, time or umask in tar's.
+        gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        files = {file.relative_to(folder).as_posix(): file for file in folder_files(folder)}
+        for name, file in sorted(files.items()):
+            entry = tarfile.TarInfo(f"{folder.name}/{name}")
+            entry.size = file.stat().st_size
+            entry.mode = 0o644
+            with file.open("rb") as source:
+                tar.addfile(entry, source)
+    return sha256(archive.read_bytes()).hexdigest()
+
+
+def deploy_folder() -> Path:
+    """The programs that travel: inside an installed wheel, or beside the packages in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_deploy", package.parent / "deploy"):
+        if (folder / "kdbench.py").is_file():
+            return folder
+    raise StageError("kdbench.py is not installed with kdpipe; install kdpipe again")

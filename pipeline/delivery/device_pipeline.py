@@ -1,0 +1,109 @@
+"""The device pipeline: the SDK's YAML with the images and constants that belong to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from metis.voyager.device_constants import constant_error
+from metis.voyager.pipeline_yaml import DevicePipeline, render_yaml, yaml_obstacle
+from pipeline.params.compile import CompileParams
+from pipeline.run.stage import Job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from preprocessing.contract import Contract
+    from preprocessing.student_input import StudentInput
+
+
+def write_device_pipeline(job: Job, params: CompileParams, given: StudentInput, scheme: str) -> str:
+    """YAML, student and images for the SDK's own scripts; or why there are none."""
+    from preprocessing.contract import load_contract
+
+    obstacle = yaml_obstacle(given)
+    folder = job.outputs["device_pipeline"]
+    folder.mkdir()
+    if obstacle:
+        job.warn(f"no Voyager pipeline YAML: {obstacle}")
+        (folder / "no-pipeline-yaml.txt").write_text(f"{obstacle}\n")
+        return obstacle
+    contract = load_contract(job.inputs["contract"])
+    pipeline = DevicePipeline(
+        name=job.run,
+        labels=len(contract.labels),
+        weight_path="student.onnx",
+        dataset=f"{job.run}-images",
+        scheme=scheme,
+        aipu_cores=params.aipu_cores,
+        sdk_release=params.sdk_release,
+        path_prefix=params.path_prefix,
+    )
+    (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
+    shutil.copyfile(job.inputs["baked_student"], folder / pipeline.weight_path)
+    _write_images(job, contract, given, folder / pipeline.dataset)
+    return ""
+
+
+def measure_device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
+    """What the device pipe's three decimals do to mean and std, and to top-1."""
+    from pipeline.data.dataset import DatasetSplit
+    from pipeline.networks.inference import answers, reference_network
+    from pipeline.tasks.metrics import agreement, top1
+
+    errors = [constant_error(m, s) for m, s in zip(given.mean, given.std, strict=True)]
+    channels = [
+        {"band": band, **asdict(error)} for band, error in zip(given.bands, errors, strict=True)
+    ]
+    worst = [error.worst for error in errors if error.worst is not None]
+    if len(worst) < len(errors):  # a std vanishes: there is nothing to run
+        return {"channels": channels, "worst": None}
+    result: dict[str, Any] = {"channels": channels, "worst": max(worst)}
+    val = DatasetSplit.load(job.inputs["dataset"] / "val").spread(2000)
+    kept = replace(
+        given,
+        mean=tuple(e.mean_kept for e in errors),
+        std=tuple(e.std_kept for e in errors),
+    )
+    network = reference_network(job.inputs["student"])
+    exact, rounded = (answers(val.images, how, network)[0] for how in (given, kept))
+    labels = val.labels
+    result["top1_exact"], result["top1_kept"] = top1(exact, labels), top1(rounded, labels)
+    result["top1_agreement"] = agreement(exact, rounded)
+    result["n_val"], result["measured_on"] = len(labels), "host-float"
+    return result
+
+
+def _write_images(job: Job, contract: Contract, given: StudentInput, folder: Path) -> None:
+    """Calibration images in calibration order, validation images in class folders, labels."""
+    import numpy as np
+
+    from pipeline.data.dataset import DatasetSplit
+    from preprocessing.apply import exported_images
+    from preprocessing.images import class_folders, write_in_order, write_png
+
+    samples = json.loads((job.inputs["calibration_set"] / "samples.json").read_text())
+    train = DatasetSplit.load(job.inputs["dataset"] / "train")
+    chosen = np.searchsorted(train.rows, samples["rows"])
+    write_in_order(
+        (exported_images(train.images[i : i + 1], given)[0] for i in chosen),
+        folder / "calibration",
+        len(chosen),
+    )
+    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    names = class_folders(contract.labels)
+    for label, name in enumerate(names):  # the SDK's reader takes positions for class indices
+        (folder / "val" / name).mkdir(parents=True)
+        if not (val.labels == label).any():
+            job.warn(
+                f"no validation patch of class {contract.labels[label]!r}: the SDK's image-folder "
+                f"reader may refuse its empty folder {name}"
+            )
+    with job.progress("images val", len(val.labels)) as bar:
+        for i, (label, row) in enumerate(zip(val.labels, val.rows, strict=True)):
+            image = exported_images(val.images[i : i + 1], given)[0]
+            write_png(image, folder / "val" / names[label] / f"row{row}.png")
+            bar.update(1)
+    shutil.copyfile(job.inputs["labels"], folder / "labels.txt")

@@ -1,0 +1,108 @@
+"""What this machine has: versions, SDK, device. Never raises for what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from metis.backend import BACKENDS, open_backend
+from metis.voyager.process import find_interpreter, python_with_runtime
+from pipeline.delivery.bundle import deploy_folder
+from pipeline.run.environment import DISTRIBUTIONS, describe_environment, installed
+
+
+def examine_machine() -> dict[str, dict[str, Any]]:
+    """Sections of name and value, for people and for JSON; a value is null when not found."""
+    environment = describe_environment()
+    environment.update({f"env {k}": v for k, v in environment.pop("threads").items()})
+    return {
+        "machine": environment,
+        "packages": {name: installed(name) or "not installed" for name in DISTRIBUTIONS},
+        "backends": {name: _probe(name) for name in BACKENDS},
+        "sdk": _sdk(),
+        "devices": _devices(),
+        "emulator": _emulator(),
+    }
+
+
+def _probe(name: str) -> str:
+    try:
+        probe = open_backend(name).probe()
+    except ImportError as error:
+        return f"not available: {error}"
+    if not probe.available:
+        return f"not available: {probe.missing}"
+    return "available: " + ", ".join(f"{n} {v}" for n, v in probe.versions.items())
+
+
+def _sdk() -> dict[str, str]:
+    """Where the SDK was looked for, and whether its compiler will find its helper program."""
+    found = find_interpreter()
+    helper = "found" if found.axkernelcc else "not found; compiling needs it"
+    return {
+        "interpreter": found.python,
+        "axkernelcc": helper if found.versions else "not looked for",
+    }
+
+
+def _emulator() -> dict[str, str]:
+    """Which statements about the chip the emulator follows, and how this CPU runs it."""
+    try:
+        from metis.emulator.backend import ASSUMPTIONS, FACTS
+        from metis.emulator.kernels import arithmetic
+    except ImportError as error:
+        return {"arithmetic": f"not available: {error}"}
+    return {
+        "arithmetic": arithmetic("per_tensor_histogram")[0],
+        **{f"documented {i}": words for i, words in enumerate(FACTS, 1)},
+        **{f"assumed {i}": words for i, words in enumerate(ASSUMPTIONS, 1)},
+    }
+
+
+def _devices() -> dict[str, str]:
+    """Metis device nodes, whose names SDK 1.8 writes with hyphens; and what the runtime lists."""
+    nodes = sorted(Path("/dev").glob("metis*"))
+    found = {
+        f"/dev/{node.name}": "readable" if os.access(node, os.R_OK | os.W_OK) else "no permission"
+        for node in nodes
+    }
+    missing = {"metis": "none found (no /dev/metis*: no card, or its driver is not loaded)"}
+    return {**(found or missing), **_listed()}
+
+
+def _listed() -> dict[str, str]:
+    """Firmware, driver, link and heat of every device, from the interpreter with the runtime."""
+    if "axelera-rt" not in find_interpreter().versions:
+        return {"axelera.runtime": "not installed, so firmware, driver and link are not read"}
+    command = [python_with_runtime("axelera"), "-B", str(deploy_folder() / "kdbench_machine.py")]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        listed = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {"axelera.runtime": f"does not answer: {error}"}
+    if listed is None:
+        words = [line for line in result.stderr.splitlines() if line.strip()]
+        return {"axelera.runtime": f"lists no device: {words[-1] if words else 'it said nothing'}"}
+    if not listed:
+        return {"axelera.runtime": "lists no device"}
+    return {device["name"]: _described(device) for device in listed}
+
+
+def _described(device: dict[str, Any]) -> str:
+    """One line; what can't be read is null, with the reason."""
+    link, heat = device["link"], device["heat"]
+    width = f"PCIe x{link['width']} of x{link['max_width']} at {link['speed']}"
+    degrees, watts = heat["temperature_c"], heat["power_w"]
+    return ", ".join(
+        [
+            f"board {device['board']}",
+            f"firmware {device['firmware']}",
+            f"driver {device['driver'] or 'null (axversion --driver does not tell)'}",
+            width if link["width"] is not None else f"link null ({link['reason']})",
+            f"{degrees:g} C" if degrees is not None else f"temperature null ({heat['reason']})",
+            f"{watts:g} W" if watts is not None else f"power null ({heat['reason']})",
+        ]
+    )

@@ -1,0 +1,270 @@
+"""The student for other runtimes than Metis: TorchScript, TFLite, int8 weights of linear layers.
+
+The chip takes ONNX; these are for whoever runs the same student elsewhere. Every file is run over
+the validation split and compared with the ONNX student before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.data.dataset import DatasetSplit
+from pipeline.networks.inference import answers, reference_network
+from pipeline.run.errors import StageError, require_extra
+from pipeline.run.files import new_folder
+from pipeline.tasks.metrics import agreement, top1, undisputed_agreement
+from pipeline.training.task import trained_student
+from preprocessing.contract import load_contract
+from preprocessing.student_input import StudentInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch.nn import Module
+
+    from pipeline.networks.inference import Network
+    from pipeline.run.state import RunState
+
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format, and who writes and reads it."""
+
+    file: str
+    needs: tuple[str, ...]  # the extra and the packages that write it
+    tool: str  # the distribution whose version counts
+    exact: bool  # float: logits must repeat those of the ONNX student
+    write: Callable[[_Source, Path], None]
+    open: Callable[[Path], Network]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The student in both forms; the torch network is made once, and only where it is needed."""
+
+    onnx: Path
+    network: Callable[[], Module]
+    shape: tuple[int, int, int, int]  # (1, C, H, W)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, against the ONNX student on the validation split, on this host."""
+
+    format: str
+    file: str
+    bytes: int
+    made_by: str
+    max_abs_logit_difference: float
+    top1_agreement: float  # 0..1, of all patches
+    top1_val: float  # 0..1, against the labels
+    n_val: int
+    measured_on: str = "host"
+
+
+def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[Exported]:
+    """Write the student of a run in other formats, with what is needed to feed it.
+
+    Args:
+        state: of a run whose distill is done; its artifacts were examined.
+        dest: folder to make: the files, preprocessing.json, student_input.json, labels.txt, and
+            export.json, which says how to call them and how they compare.
+        formats: names in FORMATS.
+
+    Raises:
+        ExtraMissingError: a format needs packages that are not here.
+        InputError: dest exists, or can't be written.
+        StageError: a format does not repeat the ONNX student, or its writer gives up.
+    """
+    wanted = {name: FORMATS[name] for name in formats}
+    for how in wanted.values():
+        require_extra(*how.needs)
+    assert state.manifest is not None
+    paths = {n: state.folder / a.path for n, a in state.manifest.artifacts.items()}
+    given = StudentInput.load(paths["student_input"])
+    val = DatasetSplit.load(paths["dataset"] / "val")
+    params = state.config.params["distill"]
+    classes = len(load_contract(paths["contract"]).labels)
+    weights = paths["training"] / "student.safetensors"
+    source = _Source(
+        paths["student"],
+        partial(trained_student, params, weights, given, classes),
+        (1, len(given.bands), *given.size_hw),
+    )
+    limit = state.config.params["benchmark"].limits.max_export_difference
+    with new_folder(dest) as folder:
+        for name in ("contract", "student_input", "labels"):
+            shutil.copyfile(paths[name], folder / paths[name].name)
+        exported = []
+        for name, how in wanted.items():
+            file = folder / how.file
+            try:
+                how.write(source, file)
+                exact, found = answers(
+                    val.images, given, reference_network(paths["student"]), how.open(file)
+                )
+            except Exception as error:  # each writer and reader has exceptions of its own
+                words = (str(error) or type(error).__name__).strip().splitlines()[0]
+                raise StageError(f"{name}: {how.tool} gives up on the student: {words}") from error
+            exported.append(_compared(name, file, how, exact, found, val.labels))
+            if how.exact:
+                _demand_equal(exported[-1], exact, found, limit)
+        (folder / "export.json").write_text(_document(source, exported))
+    return exported
+
+
+def _compared(
+    name: str,
+    file: Path,
+    how: Format,
+    exact: NDArray[np.float32],
+    found: NDArray[np.float32],
+    labels: NDArray[np.int64],
+) -> Exported:
+    return Exported(
+        format=name,
+        file=how.file,
+        bytes=file.stat().st_size,
+        made_by=f"{how.tool} {version(how.tool)}",
+        max_abs_logit_difference=float(np.abs(exact - found).max()),
+        top1_agreement=agreement(exact, found),
+        top1_val=top1(found, labels),
+        n_val=len(labels),
+    )
+
+
+def _demand_equal(
+    exported: Exported, exact: NDArray[np.float32], found: NDArray[np.float32], limit: float
+) -> None:
+    difference = exported.max_abs_logit_difference
+    if difference > limit or undisputed_agreement(exact, found, difference) < 1:
+        raise StageError(
+            f"{exported.format}: logits differ from the ONNX student by up to {difference:.2g}; "
+            f"benchmark.max_export_difference is {limit:g}, so nothing was written"
+        )
+
+
+def _document(source: _Source, exported: list[Exported]) -> str:
+    document = {
+        "schema": SCHEMA,
+        "input": {
+            "layout": "NCHW",
+            "shape": list(source.shape),
+            "dtype": "float32",
+            "values": "scaled, resized and z-scored as student_input.json says",
+        },
+        "output": "logits, float32 (1, classes), classes in the order of labels.txt",
+        "files": [asdict(entry) for entry in exported],
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _copy(source: _Source, file: Path) -> None:
+    shutil.copyfile(source.onnx, file)
+
+
+def _trace(source: _Source, file: Path) -> None:
+    import torch
+
+    with torch.no_grad(), _without_advice():
+        traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+            source.network().eval(), torch.zeros(source.shape)
+        )
+    traced.save(str(file))
+
+
+def _open_torchscript(file: Path) -> Network:
+    import torch
+
+    from pipeline.networks.export import torch_logits
+
+    with _without_advice():
+        network: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
+    return partial(torch_logits, network)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Torch recommends torch.export to whoever writes TorchScript, which was asked for here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _quantize_linear_layers(source: _Source, file: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    quant_pre_process(source.onnx, file, skip_optimization=True, skip_symbolic_shape=True)
+    quantize_dynamic(file, file, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
+
+
+def _convert_to_tflite(source: _Source, file: Path) -> None:
+    import litert_torch
+    import torch
+
+    network = source.network().eval()
+    with redirect_stdout(sys.stderr):  # it tells its progress
+        litert_torch.convert(network, (torch.zeros(source.shape),)).export(str(file))
+
+
+def _open_tflite(file: Path) -> Network:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter: Any = Interpreter(model_path=str(file))
+    interpreter.allocate_tensors()
+    into = interpreter.get_input_details()[0]["index"]
+    out = interpreter.get_output_details()[0]["index"]
+
+    def logits(tensors: NDArray[np.float32]) -> NDArray[np.float32]:
+        rows = []
+        for tensor in tensors:
+            interpreter.set_tensor(into, tensor[None])
+            interpreter.invoke()
+            rows.append(interpreter.get_tensor(out).copy())
+        return np.concatenate(rows)
+
+    return logits
+
+
+_TORCH = ("train", "torch", "timm")
+
+#: What a student can be written as, by the name that `kdpipe export --format` takes.
+FORMATS = {
+    "onnx": Format("student.onnx", ("train",), "kdpipe", True, _copy, reference_network),
+    "torchscript": Format(
+        "student.torchscript.pt", _TORCH, "torch", True, _trace, _open_torchscript
+    ),
+    "tflite": Format(
+        "student.tflite",
+        ("tflite", "litert_torch", "ai_edge_litert", "torch", "timm"),
+        "litert-torch",
+        True,
+        _convert_to_tflite,
+        _open_tflite,
+    ),
+    "dynamic-int8": Format(
+        "student.dynamic-int8.onnx",
+        ("train",),
+        "onnxruntime",
+        False,
+        _quantize_linear_layers,
+        reference_network,
+    ),
+}

@@ -1,0 +1,1 @@
+"""Torch networks by name: weights, export, inference on the host, fitness for the chip."""

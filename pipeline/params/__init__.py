@@ -1,0 +1,1 @@
+"""The sections of kdpipe.yaml as types, one file each."""

@@ -1,0 +1,49 @@
+"""The section `ingest` of kdpipe.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from pipeline.params.sources import Bands, DataParams, TeacherParams, ViewParams
+from pipeline.run.stage import path_field
+
+
+@dataclass(frozen=True)
+class StudentParams:
+    """What the student sees, and how the device delivers it."""
+
+    bands: Bands  # that it sees, in channel order
+    modality: str = "optical"
+    size: Annotated[int, Meta(ge=1)] = 32  # height and width of the network's input
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    half_pixel_centers: bool | None = None  # null: true for bilinear, false for nearest
+    device_resize: Literal["auto", "none", "device"] = "auto"  # none: images have the size already
+    encoding: Literal["contract", "percentile"] = (
+        "contract"  # which values grey 0 and 255 stand for
+    )
+    percentiles: tuple[
+        Annotated[float, Meta(ge=0, lt=50)], Annotated[float, Meta(gt=50, le=100)]
+    ] = (0.1, 99.9)  # of each band, for encoding percentile
+
+
+@dataclass(frozen=True)
+class IngestParams:
+    """What to take in."""
+
+    data: DataParams
+    teachers: Annotated[tuple[TeacherParams, ...], Meta(min_length=1)]
+    student: StudentParams
+    contract: str = path_field("preprocessing.json")
+    labels: str | None = path_field(None)  # text, one class per line; must equal the contract's
+    combine: Literal["mean_logits", "mean_probabilities"] = "mean_logits"  # weighted
+    calibrate_temperatures: bool = False  # divide each teacher's logits by its own, fitted on val
+    views: ViewParams = field(default_factory=ViewParams)
+    teacher_mode: Literal["cached", "live"] = "cached"  # live: distill asks them for every batch
+    max_top1_difference: Annotated[float, Meta(gt=0)] = 0.005  # from a teacher's recorded_top1
+    max_logit_difference: Annotated[float, Meta(gt=0)] = 0.1  # from recorded mean and std, in stds
+    doubtful_top1: Annotated[float, Meta(ge=0, le=1)] = 0.5  # below it, other conventions are tried
+    max_mean_shift: Annotated[float, Meta(gt=0)] = 0.5  # of mu from the data's, in data sigmas
+    max_sigma_ratio: Annotated[float, Meta(gt=1)] = 1.5  # of sigma to the data's, either way

@@ -1,0 +1,87 @@
+"""The user's data and teachers, as kdpipe.yaml describes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from pipeline.run.stage import path_field, unkeyed_field
+
+#: Zero-based band indices, at least one.
+Bands = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
+
+#: Stands for the class of a patch whose class nobody said.
+UNLABELLED = -1
+
+SPLITS = ("train", "val", "test", "unlabeled")
+
+
+@dataclass(frozen=True)
+class SplitParams:
+    """Where one split comes from: a file or folder and rows of it, or a share of train."""
+
+    path: str | None = path_field(None)
+    labels: str | None = path_field(None)  # format npy: the file of class indices
+    rows: tuple[int, int] | None = None  # [first, one past the last]; null: all
+    indices: str | None = path_field(None)  # .npy or text file with the rows to take
+    fraction: Annotated[float, Meta(gt=0, lt=1)] | None = None  # of train, stratified and seeded
+
+
+@dataclass(frozen=True)
+class DataParams:
+    """The patches."""
+
+    format: Literal["npz", "npy", "so2sat-h5", "image-folder"] = "npz"
+    modalities: dict[str, str] | None = None  # name -> key in the file; null: the format's own
+    labels: str | None = None  # key of the labels in the file; null: the format's own
+    train: SplitParams = field(default_factory=SplitParams)
+    val: SplitParams = field(default_factory=lambda: SplitParams(fraction=0.15))
+    test: SplitParams = field(default_factory=SplitParams)
+    unlabeled: SplitParams | None = None  # its labels, if any, are never looked at
+    bad_patches: Literal["error", "drop"] = "error"  # patches with NaN or infinity
+    on_leak: Literal["warn", "error"] = "warn"  # the same patch in two splits
+    cache: bool = unkeyed_field(False)  # keep the bands that are needed, float32, in runs/.cache
+
+    @property
+    def splits(self) -> dict[str, SplitParams]:
+        """The splits that are asked for, by name."""
+        given = {name: getattr(self, name) for name in SPLITS}
+        return {name: split for name, split in given.items() if split is not None}
+
+    def reading(self, digest: str) -> str:
+        """The digest of a file as one of what is read from it: the file, and the names in it."""
+        about = [digest, self.format, self.modalities]
+        return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """Augmentation, the same for teacher and student; view 0 is the patch as it is."""
+
+    count: Annotated[int, Meta(ge=1)] = 1  # views of each patch; 1: no augmentation
+    flip: bool = True
+    rotate: bool = True  # by quarter turns; by half turns where patches are not square
+    shift: Annotated[int, Meta(ge=0)] = 2  # up to so many pixels, either way, on both axes
+    zoom: Annotated[float, Meta(ge=0, lt=1)] = 0.1  # 1 +- up to this
+
+
+@dataclass(frozen=True)
+class TeacherParams:
+    """One teacher, or several alike when `path` is a pattern."""
+
+    bands: Bands  # that it sees, in channel order
+    path: str | None = path_field(None)  # ONNX file or pattern; with `timm`, the file of weights
+    timm: str | None = None  # a torch teacher: name of the network; without path: weights of a hub
+    modality: str = "optical"
+    weight: Annotated[float, Meta(gt=0)] = 1.0  # in the mean
+    resize: Literal["nearest", "bilinear"] = "nearest"  # from patch to input size
+    #: Who does the z-score: kdpipe by the contract, the graph itself, or one after the other.
+    zscore: Literal["contract", "graph", "both"] = "contract"
+    features: tuple[str, ...] = ()  # tensors of the graph (modules of a torch teacher) to match
+    recorded_top1: Annotated[float, Meta(gt=0, le=1)] | None = None  # fraction, when it was trained
+    recorded_logit_mean: float | None = None
+    recorded_logit_std: Annotated[float, Meta(gt=0)] | None = None

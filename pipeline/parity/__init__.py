@@ -1,0 +1,1 @@
+"""Proof that training tensor, PNG, YAML, ONNX and int8 agree."""

@@ -1,0 +1,171 @@
+"""Prove on the validation split that what was trained is what is deployed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from metis.voyager.pipeline_reader import Pipeline, PipelineError, pipeline_differences
+from metis.voyager.pipeline_yaml import yaml_obstacle
+from pipeline.data.dataset import DatasetSplit
+from pipeline.parity.legs import Leg
+from preprocessing.apply import normalized, student_tensor
+from preprocessing.contract import load_contract
+from preprocessing.images import class_folders, read_png
+from preprocessing.student_input import StudentInput, linear_encoding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from preprocessing.contract import Contract
+
+
+#: Exported images that are compared, evenly spaced over the split; the leg says how many.
+SAMPLES = 2000
+
+_BLOCK = 64
+
+
+def image_legs(
+    artifacts: Mapping[str, Path], run: str, progress: Callable[[int], object] = lambda n: None
+) -> list[Leg]:
+    """Training tensor against the exported PNG files, read back by two independent ways.
+
+    Args:
+        artifacts: contract, student_input, dataset, device_pipeline.
+        run: name of the run, which the pipeline YAML is called by.
+        progress: called with the number of images just compared.
+
+    Returns:
+        The legs `png` (read back by preprocessing/ alone) and `yaml` (by doing what the YAML says).
+    """
+    source = "training tensor of the student"
+    targets = {
+        "png": "tensor from the exported PNG, by preprocessing/ alone",
+        "yaml": "tensor from the exported PNG, by doing what the YAML says",
+    }
+    given = StudentInput.load(artifacts["student_input"])
+    if obstacle := yaml_obstacle(given):
+        return [Leg(name, source, to, 0, obstacle=obstacle) for name, to in targets.items()]
+    contract = load_contract(artifacts["contract"])
+    folder = artifacts["device_pipeline"] / f"{run}-images" / "val"
+    val = DatasetSplit.load(artifacts["dataset"] / "val").spread(SAMPLES)
+    promised, fields = _by_contract(given, contract)
+    pipeline, yaml_fields = _read_pipeline(artifacts["device_pipeline"] / f"{run}.yaml", given)
+    by_png = _Found(fields)
+    by_yaml = _Found(yaml_fields, None if pipeline is None else 0.0)
+    read_back = student_tensor if given.device_resize else normalized
+    for start in range(0, len(val.labels), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        trained = student_tensor(val.images[part], given)
+        try:
+            images = _exported(folder, class_folders(contract.labels), val, part, given)
+        except _ImageError as error:
+            by_png.give_up(str(error))
+            by_yaml.give_up(str(error))
+            break
+        by_png.compare(read_back(images, promised), trained)
+        if pipeline and by_yaml.difference is not None:
+            try:
+                with np.errstate(divide="ignore", invalid="ignore"):  # a std of 0
+                    by_yaml.compare(pipeline.tensor(images), trained)
+            except PipelineError as error:
+                by_yaml.give_up(str(error))
+        progress(len(trained))
+    # Where nothing is resized bilinear there is nothing that two implementations could round apart.
+    bilinear = given.device_resize and given.interpolation == "bilinear"
+    grey_level = 1 / min(given.std) if bilinear else 0.0
+    n = len(val.labels)
+    return [
+        Leg("png", source, targets["png"], n, {**by_png.values(), "grey_level": grey_level}),
+        Leg("yaml", source, targets["yaml"], n, by_yaml.values()),
+    ]
+
+
+class _ImageError(ValueError):
+    """An exported image that is not what the dataset says."""
+
+
+class _Found:
+    """What a leg found so far: the largest difference, None without a tensor to compare."""
+
+    def __init__(self, fields: list[str], difference: float | None = 0.0) -> None:
+        self.fields = fields  # what is wrong, in words
+        self.difference = difference
+
+    def give_up(self, words: str) -> None:
+        self.fields.append(words)
+        self.difference = None
+
+    def compare(self, tensor: NDArray[np.float32], trained: NDArray[np.float32]) -> None:
+        if self.difference is None:
+            return
+        if tensor.shape != trained.shape:
+            self.give_up(f"the tensor is {tensor.shape[1:]}, needed is {trained.shape[1:]}")
+            return
+        difference = float(np.abs(tensor - trained).max())
+        if np.isfinite(difference):
+            self.difference = max(self.difference, difference)
+        else:
+            self.give_up("the tensor is not finite")
+
+    def values(self) -> dict[str, Any]:
+        return {"max_abs_difference": self.difference, "fields": self.fields}
+
+
+def _by_contract(given: StudentInput, contract: Contract) -> tuple[StudentInput, list[str]]:
+    """The student's input with its z-score folded anew, and where that is not what it says."""
+    entries = contract.zscore.get(given.modality, contract.zscore.get(""))
+    bands_in_data = len(entries.mu) if entries else max(given.bands) + 1
+    zscore = contract.statistics(given.modality, given.bands, bands_in_data)
+    ranges = list(zip(given.grey_lo, given.grey_hi, strict=True))
+    if given.encoding == "contract":
+        ranges = [contract.scaling_of(given.modality).dst_range] * len(given.bands)
+    folded: dict[str, Any] = {**linear_encoding(ranges, zscore)}
+    wrong = [
+        f"student_input.json: {key} is {_shown(getattr(given, key))}, preprocessing.json gives "
+        f"{_shown(values)} for bands {', '.join(map(str, given.bands))} of {given.modality}"
+        for key, values in folded.items()
+        if getattr(given, key) != values
+    ]
+    return replace(given, **folded), wrong
+
+
+def _shown(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.7g}" for value in values)
+
+
+def _read_pipeline(path: Path, given: StudentInput) -> tuple[Pipeline | None, list[str]]:
+    try:
+        pipeline = Pipeline(path.read_text())
+    except (OSError, UnicodeDecodeError, PipelineError) as error:
+        return None, [f"{path.name}: {error}"]
+    return pipeline, [f"{path.name}: {words}" for words in pipeline_differences(pipeline, given)]
+
+
+def _exported(
+    folder: Path, classes: list[str], val: DatasetSplit, part: slice, given: StudentInput
+) -> NDArray[np.uint8]:
+    height, width = given.patch_hw if given.device_resize else given.size_hw
+    images = np.empty((len(val.labels[part]), height, width, len(given.bands)), np.uint8)
+    for i, (label, row) in enumerate(zip(val.labels[part], val.rows[part], strict=True)):
+        path = folder / classes[label] / f"row{row}.png"
+        name = path.relative_to(folder.parent).as_posix()
+        try:
+            image = read_png(path)
+        except FileNotFoundError as error:
+            raise _ImageError(f"{name} is missing") from error
+        except (OSError, ValueError) as error:
+            raise _ImageError(f"{name} is not a readable image: {error}") from error
+        if image.shape != images.shape[1:] or image.dtype != np.uint8:
+            raise _ImageError(
+                f"{name} is {image.dtype} {image.shape}, needed is uint8 {images.shape[1:]}"
+            )
+        images[i] = image
+    return images

@@ -1,0 +1,90 @@
+"""Legs of parity on logits: torch against ONNX, float against int8."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from metis.backend import QuantizedModel, open_backend
+from pipeline.data.dataset import DatasetSplit
+from pipeline.networks.inference import answers, reference_network
+from pipeline.tasks.metrics import (
+    agreement,
+    cosines,
+    paired_difference,
+    sqnr_db,
+    top1,
+    undisputed_agreement,
+)
+from pipeline.training.task import trained_student
+from preprocessing.student_input import StudentInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from pipeline.params.distill import DistillParams
+
+
+def export_values(
+    params: DistillParams,
+    weights: Path,
+    given: StudentInput,
+    classes: int,
+    onnx: Path,
+    val: DatasetSplit,
+) -> dict[str, float]:
+    """Torch student against ONNX student, computed anew; needs the extra `train`.
+
+    Args:
+        params: see `trained_student`.
+        weights: see there.
+        given: the student's input.
+        classes: number of classes.
+        onnx: the exported student.
+        val: the patches.
+    """
+    from pipeline.networks.export import torch_logits
+
+    network = trained_student(params, weights, given, classes)
+    by_torch, by_onnx = answers(
+        val.images, given, partial(torch_logits, network), reference_network(onnx)
+    )
+    return compare_export(by_torch, by_onnx)
+
+
+def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) -> dict[str, float]:
+    """Logits (N, classes) of the torch student and of its ONNX file, compared."""
+    difference = float(np.abs(trained - exported).max())
+    return {
+        "max_abs_logit_difference": difference,
+        "top1_agreement": undisputed_agreement(trained, exported, difference),
+    }
+
+
+def compare_int8(
+    onnx: Path, model: QuantizedModel, given: StudentInput, val: DatasetSplit
+) -> dict[str, Any]:
+    """The float student against its int8 model on the host, on some patches."""
+    infer = partial(open_backend(model.backend).infer, model)
+    exact, int8 = answers(val.images, given, reference_network(onnx), infer)
+    loss, interval = paired_difference(
+        exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
+    )
+    angles = cosines(exact, int8)
+    return {
+        "n_val": len(val.labels),
+        "top1_val_float": top1(exact, val.labels),
+        "top1_val_int8": top1(int8, val.labels),
+        "measured_on": "host-emulation",
+        "top1_agreement": agreement(exact, int8),
+        "logits_cosine_mean": float(angles.mean()),
+        "logits_cosine_min": float(angles.min()),
+        "logits_sqnr_db": sqnr_db(exact, int8),
+        "int8_loss_points": 100 * loss,
+        "int8_loss_interval95_points": [100 * bound for bound in interval],
+    }

@@ -1,0 +1,1 @@
+"""Results for people: the benchmark report and its pages; runs and benchmarks compared."""

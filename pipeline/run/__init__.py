@@ -1,0 +1,1 @@
+"""The run itself: manifest, digests, state, runner, config, errors."""

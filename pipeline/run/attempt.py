@@ -1,0 +1,284 @@
+"""One attempt at one stage: its job, its folder, its log, what it leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pipeline.run.digests import LISTING_SUFFIX
+from pipeline.run.errors import InputError, StageError
+from pipeline.run.files import folder_files, sync_folder
+from pipeline.run.manifest import (
+    Artifact,
+    Failure,
+    ManifestError,
+    Source,
+    StageRecord,
+)
+from pipeline.run.stage import Job
+from pipeline.run.state import RunState, key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+
+#: Free disk space to keep beyond what the last run of a stage needed.
+SPARE_BYTES = 64 << 20
+
+
+class Attempt:
+    """One try at one stage: its partial folder, its log, its record."""
+
+    def __init__(
+        self, state: RunState, name: str, echo: Callable[[str], None], *, keep: bool
+    ) -> None:
+        self._state = state
+        self._stage = state.stages[name]
+        self._params = state.config.params[name]
+        self._name = name
+        self._echo = echo
+        self._keep = keep
+        self._clock = time.monotonic()
+        self._warnings: list[str] = []
+        self._found: dict[str, Path] = {}
+        self._partial = state.folder / f"{name}.partial"
+        # Logs are never overwritten, so their numbers also give the generations theirs.
+        logs = (state.folder / "logs").glob(f"{name}-*.log")
+        numbers = [int(n) for n in (p.stem.rpartition("-")[2] for p in logs) if n.isdigit()]
+        self._number = max(numbers, default=0) + 1
+        self._log = state.folder / "logs" / f"{name}-{self._number}.log"
+        self.record = StageRecord(status="pending")
+
+    @property
+    def log_words(self) -> str:
+        """Where the log is; nothing where the attempt ended before it had one."""
+        return f"log: {self._state.shown(self._log)}" if self._log.exists() else ""
+
+    def begin(self, reason: str) -> None:
+        """Claim the partial folder and the log."""
+        before = self._state.record(self._name) or self.record
+        self._check_space(before)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir()
+        self._log.parent.mkdir(exist_ok=True)
+        self._log.touch()
+        self.record = replace(
+            before,
+            status="running",
+            reason=reason,
+            attempts=before.attempts + 1,
+            attempt_key=key_of(self._state.key_parts(self._name)),
+            started=timestamp(),
+            finished="",
+            seconds=0.0,
+            log=self._log.relative_to(self._state.folder).as_posix(),
+            error=None,
+        )
+
+    def work(self) -> tuple[StageRecord, dict[str, Artifact]]:
+        """Run the stage function; check, digest and publish what it made."""
+        parts = self._state.key_parts(self._name)
+        sources = self._stage.sources(self._params, self._state.config.root)
+        inputs = {}
+        for name in self._stage.inputs:
+            artifact = self._state.artifact(name)
+            assert artifact is not None, name
+            inputs[name] = self._state.folder / artifact.path
+        manifest = self._state.manifest
+        job = Job(
+            run=self._state.config.run,
+            seed=self._state.config.seed,
+            inputs=inputs,
+            outputs={n: self._partial / file for n, file in self._stage.outputs.items()},
+            sources=sources,
+            facts={n: r.facts for n, r in (manifest.stages if manifest else {}).items() if r.key},
+            progress=_progress,
+            warn=self._warnings.append,
+            scratch=self._scratch(key_of(parts)),
+            logs=self._log.with_suffix(""),
+            cache=self._state.config.root / "runs" / ".cache",
+            digest=self._digest,
+            also_read=self._also_read,
+        )
+        with self._logging():
+            facts = self._stage.run(job, self._params)
+        self._check_unchanged(parts)
+        artifacts = self._publish()
+        parts = self._state.key_parts(self._name)
+        parts["sources"] = {n: self._digest(p) for n, p in {**sources, **self._found}.items()}
+        record = replace(
+            self.record,
+            status="ok",
+            finished=timestamp(),
+            seconds=round(time.monotonic() - self._clock, 3),
+            key=key_of(parts),
+            attempt_key=key_of(parts),
+            key_parts=parts,
+            params=parts["params"],
+            seed=parts["seed"],
+            contract=parts["contract"],
+            inputs=parts["inputs"],
+            sources={
+                n: Source(self._state.shown(p), *self._state.digests.path(p))
+                for n, p in {**sources, **self._found}.items()
+            },
+            outputs=list(artifacts),
+            facts=msgspec.to_builtins(facts),
+            warnings=self._warnings,
+            gate={},
+            versions=parts["versions"],
+            reproduce=f"kdpipe run --stage {self._name} --force",
+        )
+        return record, artifacts
+
+    def ended(self, status: str, failure: Failure) -> StageRecord:
+        """The record of an attempt that made nothing."""
+        return replace(
+            self.record,
+            status=status,
+            reason=failure.message,
+            finished=timestamp(),
+            seconds=round(time.monotonic() - self._clock, 3),
+            error=failure,
+        )
+
+    def clean(self) -> None:
+        """Remove what is half written; with --debug it stays until the next attempt."""
+        if not self._keep:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _scratch(self, key: str) -> Path:
+        """Where this stage finds what a killed attempt with the same inputs left, and no other."""
+        own = self._state.folder / "scratch" / f"{self._name}-{key[:16]}"
+        for other in own.parent.glob(f"{self._name}-*"):
+            if other != own:
+                shutil.rmtree(other, ignore_errors=True)
+        return own
+
+    def _also_read(self, source: str, path: Path) -> None:
+        beside = self._stage.sources(self._params, self._state.config.root)[source].parent
+        self._found[f"{source}+{path.relative_to(beside).as_posix()}"] = path
+
+    def _digest(self, path: Path) -> str:
+        return self._state.digests.path(path)[0]
+
+    def _check_unchanged(self, before: Mapping[str, Any]) -> None:
+        now = self._state.key_parts(self._name)
+        for name, digest in before["sources"].items():
+            if now["sources"][name] != digest:
+                raise InputError(
+                    f"source {name} changed while {self._name} read it; run again when it is still"
+                )
+        for name in self._stage.inputs:
+            if problem := self._state.damage(name):
+                raise ManifestError(f"while {self._name} ran, {problem}")
+
+    def _publish(self) -> dict[str, Artifact]:
+        """Hash and sync what was written, then give it its final name in one step."""
+        artifacts = {}
+        generation = self._state.folder / self._name / f"{self._number:03d}"
+        for name, file in self._stage.outputs.items():
+            path = self._partial / file
+            if not path.exists():
+                raise StageError(f"{self._name} did not write {name} ({file})")
+            for member in folder_files(path) if path.is_dir() else [path]:
+                with member.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            if path.is_dir():  # so that `verify` can name the one file that was changed
+                listing = self._state.digests.listing(path)
+                path.with_name(file + LISTING_SUFFIX).write_text(listing)
+            digest, size = self._state.digests.path(path)
+            relative = (generation / file).relative_to(self._state.folder).as_posix()
+            artifacts[name] = Artifact(relative, digest, size, self._name)
+        for folder in [p for p in self._partial.rglob("*") if p.is_dir()]:
+            sync_folder(folder)
+        sync_folder(self._partial)
+        generation.parent.mkdir(exist_ok=True)
+        shutil.rmtree(generation, ignore_errors=True)
+        self._partial.rename(generation)
+        sync_folder(generation.parent)
+        return artifacts
+
+    def _check_space(self, before: StageRecord) -> None:
+        known = [self._state.artifact(name) for name in before.outputs]
+        needed = sum(artifact.size_bytes for artifact in known if artifact) + SPARE_BYTES
+        free = shutil.disk_usage(self._state.folder).free
+        if free < needed:
+            raise StageError(
+                f"{self._name} needs about {needed >> 20} MiB of disk space and "
+                f"{free >> 20} MiB are free in {self._state.shown(self._state.folder)}; make room"
+            )
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Everything the stage and its libraries say goes to the log, prints included."""
+        handler = logging.FileHandler(self._log)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger()
+        level = root.level
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        try:
+            with self._log.open("a", buffering=1) as file, redirect_stdout(file):
+                yield
+        except BaseException:
+            logging.getLogger("kdpipe").exception("%s ended badly", self._name)
+            raise
+        finally:
+            logging.captureWarnings(False)
+            root.removeHandler(handler)
+            root.setLevel(level)
+            handler.close()
+
+
+def job_outside_a_run(state: RunState, name: str, warn: Callable[[str], None]) -> Job:
+    """What a stage would be given, without a place to write to: for work that only fills caches.
+
+    Raises:
+        InputError: a source is missing.
+    """
+    params = state.config.params[name]
+    sources = state.stages[name].sources(params, state.config.root)
+    for source, path in sources.items():
+        if not path.exists():
+            raise InputError(f"source {source} of {name} is missing: {state.shown(path)}")
+    return Job(
+        run=state.config.run,
+        seed=state.config.seed,
+        inputs={},
+        outputs={},
+        sources=sources,
+        facts={},
+        progress=_progress,
+        warn=warn,
+        scratch=state.folder / "scratch" / f"{name}-outside",
+        logs=state.folder / "logs",
+        cache=state.config.root / "runs" / ".cache",
+        digest=lambda path: state.digests.path(path)[0],
+        also_read=lambda source, path: None,
+    )
+
+
+def _progress(what: str, total: int) -> tqdm[Any]:
+    from tqdm import tqdm
+
+    # disable=None: no bar where stderr is not a terminal.
+    return tqdm(total=total, desc=what, disable=None, leave=False, file=sys.stderr)
+
+
+def timestamp() -> str:
+    """Now, UTC, to the second, ISO 8601."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

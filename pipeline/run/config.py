@@ -1,0 +1,250 @@
+"""kdpipe.yaml to checked parameters; an unknown word is an error that names the nearest known."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import msgspec
+
+from pipeline.run.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pipeline.run.stage import Stage
+
+
+DEFAULT_CONFIG = "kdpipe.yaml"
+
+#: What the generators of numpy and torch take alike.
+_Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked kdpipe.yaml."""
+
+    path: Path  # of the file
+    run: str  # name of the run
+    seed: int
+    params: Mapping[str, Any]  # by stage
+
+    @property
+    def root(self) -> Path:
+        """The folder of the config file; relative names in it start here."""
+        return self.path.parent
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.root / "runs" / self.run
+
+
+def load_config(
+    path: Path,
+    stages: Mapping[str, Stage[Any]],
+    *,
+    changes: Sequence[str] = (),
+    run: str | None = None,
+) -> Config:
+    """Read kdpipe.yaml, apply `--set` changes, check every word of it.
+
+    Args:
+        path: the file.
+        stages: their sections are checked against `Stage.params`.
+        changes: `stage.key=value`, the value in YAML.
+        run: overrides the name of the run.
+
+    Raises:
+        ConfigError: missing file, not YAML, unknown key, wrong type or value.
+    """
+    tree = _read_yaml(path)
+    for change in changes:
+        _apply(tree, change)
+    name = path.name
+    known = ("run", "seed", *stages)
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), known)}")
+    sections = {stage: tree.get(stage) or {} for stage in stages}
+    for stage, section in sections.items():
+        _refuse_unknown(section, stages[stage].params, stage, name)
+    run_name = _run_name(run if run is not None else tree.get("run", "default"), name)
+    seed = _convert(tree.get("seed", 0), _Seed, "seed", name)
+    params = {
+        stage: _convert(section, stages[stage].params, stage, name)
+        for stage, section in sections.items()
+    }
+    for section in params.values():
+        _set_environment(section, path.absolute().parent)
+    return Config(
+        path=path.absolute(),
+        run=run_name,
+        seed=seed,
+        params={stage: _filled(given, params) for stage, given in params.items()},
+    )
+
+
+def _set_environment(section: Any, root: Path) -> None:  # noqa: ANN401 - any stage's params
+    """Give programs that parameters name to whoever looks into the environment."""
+    for f in fields(section):
+        program = getattr(section, f.name)
+        if "environment" in f.metadata and program:
+            os.environ[f.metadata["environment"]] = str(root / Path(program).expanduser())
+
+
+def _filled(section: Any, params: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any stage's params
+    """Give parameters that were left null the value of the one they are the same as."""
+    values = {}
+    for f in fields(section):
+        if "same_as" in f.metadata and getattr(section, f.name) is None:
+            stage, _, key = f.metadata["same_as"].partition(".")
+            values[f.name] = getattr(params[stage], key)
+    return replace(section, **values)
+
+
+def _run_name(name: object, file: str) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(
+            f"{file}: run is {name!r}; a run's name has letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def _loader(where: str) -> Any:  # noqa: ANN401 - a class of PyYAML
+    """YAML without two of its traps: repeated keys, and 1e-3 read as a word."""
+    import yaml  # only here: commands without a config don't pay for it
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"{where}: key {key!r} appears twice (line {line})")
+            seen.add(key)
+        return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+    return Loader
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        # A SafeLoader: it builds plain values only.
+        tree = yaml.load(path.read_text(), _loader(path.name))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} does not exist; `kdpipe init FOLDER` writes one, -c names another"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"{path.name} is not YAML: {words}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.name} must be a mapping of sections")
+    return tree
+
+
+def _apply(tree: dict[str, Any], change: str) -> None:
+    import yaml
+
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {change!r}: write stage.key=value")
+    try:
+        value = yaml.load(text, _loader(f"--set {key}"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {change!r}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    here: Any = tree
+    for word in parents:
+        if isinstance(here, list) and word.isdigit() and int(word) < len(here):
+            here = here[int(word)]
+        elif isinstance(here, dict):
+            if here.get(word) is None:
+                here[word] = {}
+            here = here[word]
+        else:
+            raise ConfigError(f"--set {change!r}: {word!r} has no keys below it")
+    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise ConfigError(f"--set {change!r}: there is no {last!r} to set")
+
+
+def _refuse_unknown(value: Any, kind: Any, where: str, file: str) -> None:  # noqa: ANN401 - YAML
+    """Walk the tree beside its types, because msgspec passes unknown keys of dataclasses over."""
+    for option in _options(kind):
+        if is_dataclass(option) and isinstance(value, dict):
+            hints = get_type_hints(option)
+            known = [f.name for f in fields(option)]
+            for key, inner in value.items():
+                if key not in known:
+                    raise ConfigError(
+                        f"{file}: unknown key '{where}.{key}'{nearest(str(key), known)}"
+                    )
+                _refuse_unknown(inner, hints[key], f"{where}.{key}", file)
+        elif get_origin(option) in (list, tuple) and isinstance(value, list):
+            for i, inner in enumerate(value):
+                _refuse_unknown(inner, get_args(option)[0], f"{where}[{i}]", file)
+
+
+def _options(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401 - types at run time
+    import types
+
+    if get_origin(kind) in (Union, types.UnionType):
+        return get_args(kind)
+    return (kind,)
+
+
+def _convert(value: Any, kind: Any, where: str, file: str) -> Any:  # noqa: ANN401 - YAML
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at ")
+        place = path.strip("`").removeprefix("$")
+        cure = ""
+        if word := re.fullmatch(r"Invalid enum value '(.*)'", what):
+            cure = nearest(word[1], _choices(kind, place))
+        raise ConfigError(f"{file}: {where}{place}: {what[0].lower()}{what[1:]}{cure}") from error
+
+
+def _choices(kind: Any, place: str) -> list[str]:  # noqa: ANN401 - types at run time
+    """The words that may stand at a place such as `.teachers[0].zscore` of a type."""
+    for key, _ in re.findall(r"\.(\w+)|(\[)", place):
+        for option in _options(kind):
+            if key and is_dataclass(option):
+                kind = get_type_hints(option)[key]
+            elif not key and get_origin(option) in (list, tuple, dict):
+                kind = get_args(option)[-1 if get_origin(option) is dict else 0]
+    words = (get_args(option) for option in _options(kind) if get_origin(option) is Literal)
+    return [str(word) for some in words for word in some]

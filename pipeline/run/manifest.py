@@ -1,0 +1,148 @@
+"""The manifest: the only channel between stages, and the record people read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pipeline.run.files import write_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+SCHEMA = 1
+
+
+class ManifestError(ValueError):
+    """A manifest, or an artifact it names, is not as it was left."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file or folder that a stage made."""
+
+    path: str  # relative to the run folder, POSIX
+    sha256: str  # of a folder: of its sorted list of path, size and digest
+    size_bytes: int
+    stage: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended badly."""
+
+    kind: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What is known of one stage: its latest attempt, and its latest completed one."""
+
+    status: str  # of the latest attempt: pending, running, ok, failed or interrupted
+    reason: str = ""  # why the latest attempt ran, or how it ended
+    attempts: int = 0
+    attempt_key: str = ""
+    started: str = ""  # UTC, RFC 3339
+    finished: str = ""
+    seconds: float = 0.0
+    log: str = ""  # relative to the run folder
+    error: Failure | None = None
+    # The rest is of the latest completed attempt, and empty before there is one.
+    key: str = ""
+    key_parts: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    contract: str = ""  # sha256 of the preprocessing.json that was used
+    inputs: dict[str, str] = field(default_factory=dict)  # artifact -> sha256
+    sources: dict[str, Source] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    gate: dict[str, GateRecord] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    reproduce: str = ""  # one command line
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the user's files: relative to the config's folder, or just a name when outside it."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """How a gate judged, and whether the user overrode it."""
+
+    passed: bool
+    message: str
+    allowed: str = ""  # when and why it was overridden
+
+
+@dataclass(frozen=True)
+class ContractRecord:
+    """The preprocessing.json of this run."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One run folder's record. Frozen: `with_stage` and friends give the next state."""
+
+    schema: int
+    run: str
+    kdpipe: str  # version
+    created: str
+    updated: str
+    contract: ContractRecord | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+    def with_stage(self, name: str, record: StageRecord) -> Manifest:
+        """The manifest with this record in place."""
+        return replace(self, stages={**self.stages, name: record})
+
+    def save(self, folder: Path) -> None:
+        """Replace manifest.json in the run folder, all or nothing."""
+        tree = msgspec.to_builtins(self)
+        # A NaN would be written, and the whole manifest be no JSON any more.
+        text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(folder / "manifest.json", text.encode())
+
+
+def load_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a run folder, or None when there is none yet.
+
+    Raises:
+        ManifestError: not readable as a manifest of this schema.
+    """
+    path = folder / "manifest.json"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ManifestError(f"{path} can't be read: {error.strerror}") from error
+    try:
+        schema = msgspec.json.decode(data, type=dict[str, Any]).get("schema")
+        if schema != SCHEMA:
+            raise ManifestError(
+                f"{path} has schema {schema!r}; this kdpipe reads {SCHEMA}. "
+                "Use the kdpipe that wrote it, or another run name (--run)"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ManifestError(
+            f"{path} is damaged ({error}); restore it, or start another run (--run NAME)"
+        ) from error

@@ -1,0 +1,149 @@
+"""What a stage is, what it is given, and how the stages are found and ordered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pipeline.run.errors import StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+
+#: What a stage reports: numbers, words, lists and mappings that JSON can hold.
+Facts = dict[str, Any]
+
+P = TypeVar("P")
+
+
+def path_field(default: Any = ...) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
+    """A parameter that names a file. The file's digest counts for staleness, its name does not."""
+    metadata = {"path": True}
+    if default is ...:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def unkeyed_field(default: Any) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
+    """A parameter that does not change what the stage makes, such as a gate's limit."""
+    return field(default=default, metadata={"unkeyed": True})
+
+
+def environment_field(variable: str) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
+    """The path of a program that everything in this process finds in an environment variable.
+
+    Given, it sets the variable; left null, the variable counts. Not keyed: the program's version
+    says what changed, not where it lies.
+    """
+    return field(default=None, metadata={"environment": variable, "unkeyed": True})
+
+
+def same_as_field(other: str, *, unkeyed: bool = False) -> Any:  # noqa: ANN401 - as above
+    """A parameter that, left null, takes the value of `stage.key`."""
+    return field(
+        default=None, metadata={"same_as": other, **({"unkeyed": True} if unkeyed else {})}
+    )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A yes or no about a stage's facts. A no is a result, not an accident: the artifacts stay."""
+
+    name: str
+    passed: bool
+    message: str  # the value, the limit, and what to do about it
+    status: int = 4  # exit status of a no
+
+
+class GateError(RuntimeError):
+    """A gate said no; `status` is the exit status for it."""
+
+    def __init__(self, stage: str, gate: Gate) -> None:
+        """Say which gate of which stage."""
+        super().__init__(
+            f"{stage}: gate {gate.name} did not pass: {gate.message}\n"
+            f"  what was made stays; to go on all the same: --allow gate={gate.name}"
+        )
+        self.status = gate.status
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a stage function may touch."""
+
+    run: str  # name of the run
+    seed: int
+    inputs: Mapping[str, Path]  # artifacts of earlier stages, verified
+    outputs: Mapping[str, Path]  # where to write; the names of `Stage.outputs`
+    sources: Mapping[str, Path]  # the user's files, as `Stage.sources` named them
+    facts: Mapping[str, Facts]  # of the earlier stages, by stage
+    progress: Callable[[str, int], tqdm[Any]]  # (what, how many) -> a bar with update(n), a context
+    warn: Callable[[str], None]  # tell the user and the record
+    scratch: Path  # of this stage with these inputs: what a killed attempt left is there again
+    logs: Path  # folder for logs of any form
+    cache: Path  # folder for copies that can be made again; shared by the runs of a project
+    digest: Callable[[Path], str]  # sha256 of a source
+    also_read: Callable[[str, Path], None]  # (source, file beside it): found only while working
+
+
+@dataclass(frozen=True)
+class Stage(Generic[P]):
+    """One step of a run; every file in pipeline/stages/ defines one as `STAGE`."""
+
+    inputs: tuple[str, ...]  # names of artifacts
+    outputs: Mapping[str, str]  # name of an artifact -> name of its file or folder
+    params: type[P]  # the section of kdpipe.yaml
+    run: Callable[[Job, P], Facts]
+    sources: Callable[[P, Path], dict[str, Path]] = lambda params, root: {}
+    gates: Callable[[P, Facts], list[Gate]] = lambda params, facts: []
+    gate_names: tuple[str, ...] = ()  # of all that `gates` may give
+    ready: Callable[[P], None] = lambda params: None  # raises at once what would fail hours later
+    #: Distributions whose versions change the outputs; with their versions where those are not the
+    #: ones installed beside kdpipe.
+    tools: Callable[[P], tuple[str, ...] | dict[str, str | None]] = lambda params: ()
+    code_version: int = 1  # raised by hand when the stage's outputs change for equal inputs
+
+
+def order_stages(found: Mapping[str, Stage[Any]]) -> dict[str, Stage[Any]]:
+    """The same stages, each after the stages that make its inputs. See `load_stages`."""
+    maker: dict[str, str] = {}
+    for name, stage in found.items():
+        for output in stage.outputs:
+            if output in maker:
+                raise StageError(f"{maker[output]} and {name} both make {output!r}")
+            maker[output] = name
+    graph: dict[str, set[str]] = {}
+    for name, stage in found.items():
+        for needed in stage.inputs:
+            if needed not in maker:
+                raise StageError(f"{name} needs {needed!r}, which no stage makes")
+        graph[name] = {maker[needed] for needed in stage.inputs}
+    try:
+        order = TopologicalSorter(graph).static_order()
+        return {name: found[name] for name in order}
+    except CycleError as error:
+        raise StageError(f"stages wait for each other: {' -> '.join(error.args[1])}") from error
+
+
+def keyed_params(params: object) -> Any:  # noqa: ANN401 - a JSON tree
+    """The parameters that decide what a stage makes, as a JSON tree: no file names, no limits."""
+    return _tree(params, skip=("path", "unkeyed"))
+
+
+def _tree(value: Any, skip: Iterable[str]) -> Any:  # noqa: ANN401 - a JSON tree
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: _tree(getattr(value, f.name), skip)
+            for f in fields(value)
+            if not any(word in f.metadata for word in skip)
+        }
+    if isinstance(value, dict):
+        return {str(k): _tree(v, skip) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_tree(v, skip) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""Teachers: opened, asked, their logits kept, several combined."""

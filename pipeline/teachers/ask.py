@@ -1,0 +1,242 @@
+"""The part of ingest that asks the teachers, doubts their answers, and keeps them for distill."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.run.errors import InputError
+from pipeline.teachers.answer_cache import BLOCK, Labelling, picked, seen_bands, teacher_digest
+from pipeline.teachers.conventions import (
+    describe_ensemble,
+    describe_member,
+    missed_records,
+    try_conventions,
+)
+from pipeline.teachers.ensemble import (
+    Ensemble,
+    Member,
+    fitted_temperature,
+    gives_probabilities,
+    to_logits,
+)
+from pipeline.teachers.soft_targets import (
+    AnswerWriter,
+    write_ensemble,
+    write_live_patches,
+    write_live_teachers,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pipeline.data.splits import Split
+    from pipeline.params.ingest import IngestParams
+    from pipeline.run.stage import Job
+    from pipeline.teachers.teacher import Teacher
+    from preprocessing.contract import Contract
+
+
+#: Labelled patches on which the range of the input is read and conventions are compared.
+SAMPLE = 256
+
+#: Another convention must beat the contract's by this share of patches before it is pointed out.
+_CLEARLY_BETTER = 0.05
+
+#: Where val is a fraction of train, the recorded figures may be of another fraction.
+_OTHER_PATCHES = (
+    "The seed draws val: if they were recorded on other patches, widen ingest.max_top1_difference. "
+)
+
+
+def labelling(
+    job: Job, params: IngestParams, contract: Contract, teachers: list[Teacher]
+) -> Labelling:
+    """The teachers with the folder of their answers, which the runs of a project share."""
+    digests = [
+        teacher_digest(t, contract.sha256, [job.digest(f) for f in t.files]) for t in teachers
+    ]
+    return Labelling(teachers, digests, params.views, job.seed, job.cache / "labels")
+
+
+def needed_views(params: IngestParams, splits: Mapping[str, Split]) -> dict[str, int]:
+    """Of which splits the teachers' answers are kept, and of how many views."""
+    taught = [name for name in ("train", "unlabeled") if name in splits]
+    cached = taught if params.teacher_mode == "cached" else []
+    return {"val": 1, **dict.fromkeys(cached, params.views.count)}
+
+
+def teach(
+    job: Job,
+    params: IngestParams,
+    contract: Contract,
+    teachers: list[Teacher],
+    splits: Mapping[str, Split],
+) -> dict[str, Any]:
+    """Write the artifact `teaching` and return the facts about the teachers.
+
+    Raises:
+        InputError: a teacher is not the one that was recorded.
+    """
+    asked = labelling(job, params, contract, teachers)
+    val = splits["val"]
+    digest = {n: params.data.reading(job.digest(s.source.path)) for n, s in splits.items()}
+    _label(job, asked, val, digest["val"], 1)
+    outputs = _first_outputs(asked, val, digest["val"])
+    probabilities = [gives_probabilities(found) for found in outputs]
+    logits = [to_logits(o, p) for o, p in zip(outputs, probabilities, strict=True)]
+    described = _describe(job, params, contract, teachers, val, logits, probabilities)
+
+    temperatures = [1.0] * len(teachers)
+    if params.calibrate_temperatures:
+        temperatures = [fitted_temperature(found, val.labels) for found in logits]
+    members = tuple(
+        Member(
+            name=teacher.name,
+            params=replace(teacher.params, path=teacher.files[0].name if teacher.files else None),
+            probabilities=found,
+            temperature=temperature,
+            bands_in_data=val.source.shape(teacher.modality)[2],
+        )
+        for teacher, found, temperature in zip(teachers, probabilities, temperatures, strict=True)
+    )
+    ensemble = Ensemble(members, params.combine, params.views, job.seed)
+    folder = job.outputs["teaching"]
+    write_ensemble(folder, params.teacher_mode, ensemble, np.stack(logits))
+    if params.teacher_mode == "live":
+        write_live_teachers(folder, teachers)
+    for name in ("train", "unlabeled"):
+        if name in splits and params.teacher_mode == "live":
+            write_live_patches(folder, splits[name], teachers, BLOCK)
+        elif name in splits:
+            _keep_answers(job, asked, ensemble, splits[name], digest[name], folder)
+
+    weights = [teacher.params.weight for teacher in teachers]
+    together = ensemble.logits(outputs)
+    about = describe_ensemble(logits, weights, temperatures, val.labels)
+    return {
+        "members": [
+            {**found, "temperature": temperature}
+            for found, temperature in zip(described, temperatures, strict=True)
+        ],
+        "rule": params.combine,
+        "mode": params.teacher_mode,
+        **about["rules"][params.combine],
+        "rules": about["rules"],
+        "agreement": about["agreement"],
+        "measured_on": "host-float",
+        "n_val": len(val),
+        "logit_mean": float(together.mean()),
+        "logit_std": float(together.std()),
+    }
+
+
+def _label(job: Job, asked: Labelling, split: Split, digest: str, views: int) -> None:
+    with job.progress(f"teachers, {split.name}", len(split)) as bar:
+        asked.label(split, digest, views, done=bar.update)
+
+
+def _first_outputs(asked: Labelling, split: Split, digest: str) -> list[NDArray[np.float32]]:
+    """Each teacher's final output for view 0 of a split, (N, classes)."""
+    blocks = [[first[0] for first, *_ in found] for _, found in asked.answers(split, digest, 1)]
+    return [np.concatenate(same) for same in zip(*blocks, strict=True)]
+
+
+def _keep_answers(
+    job: Job, asked: Labelling, ensemble: Ensemble, split: Split, digest: str, folder: Path
+) -> None:
+    views = asked.views.count
+    _label(job, asked, split, digest, views)
+    writer = AnswerWriter(folder, split.name, ensemble, len(split))
+    for part, found in asked.answers(split, digest, views):
+        writer.add(part, found)
+
+
+def _describe(
+    job: Job,
+    params: IngestParams,
+    contract: Contract,
+    teachers: list[Teacher],
+    val: Split,
+    logits: list[NDArray[np.float32]],
+    probabilities: list[bool],
+) -> list[dict[str, Any]]:
+    """Figures of every teacher; the first one that is not what was recorded ends the stage."""
+    bands = seen_bands(teachers)
+    chosen = np.unique(np.linspace(0, len(val) - 1, min(SAMPLE, len(val))).round().astype(int))
+    patches = {m: val.source.read(m, val.rows[chosen], some) for m, some in bands.items()}
+    described = []
+    for teacher, found, as_probabilities in zip(teachers, logits, probabilities, strict=True):
+        sample = picked(patches, bands, teacher)
+        figures = describe_member(teacher, found, val.labels, sample)
+        missed = missed_records(
+            teacher,
+            figures,
+            params.max_top1_difference,
+            params.max_logit_difference,
+            probabilities=as_probabilities,
+        )
+        tried: dict[str, float] = {}
+        doubtful = teacher.params.recorded_top1 is None and (
+            figures["top1_val"] < params.doubtful_top1
+        )
+        if missed or doubtful:
+            n = val.source.shape(teacher.modality)[2]
+            tried = try_conventions(teacher, contract, n, sample, val.labels[chosen])
+            _point_out(job, teacher, tried, len(chosen))
+        if missed:
+            others = params.data.val.fraction is not None
+            raise InputError(
+                f"{teacher.name} is not the teacher that was recorded: on validation "
+                f"{'; '.join(map(str, missed))}. {_OTHER_PATCHES if others else ''}Top-1 on "
+                f"{len(chosen)} of its patches by convention: {_listed(tried)}"
+            )
+        ending = "probabilities" if as_probabilities else teacher.ending
+        if ending != "logits":
+            job.warn(_about_softmax(teacher, ending))
+        described.append(
+            {
+                "name": teacher.name,
+                "modality": teacher.modality,
+                "bands": list(teacher.bands),
+                "weight": teacher.params.weight,
+                "opset": teacher.opset,
+                "batch": teacher.batch,
+                "output": ending,
+                **figures,
+                "recorded_top1": teacher.params.recorded_top1,
+                "conventions": tried,
+            }
+        )
+    return described
+
+
+def _point_out(job: Job, teacher: Teacher, tried: dict[str, float], n: int) -> None:
+    own = tried["the contract"]
+    best = max(tried, key=tried.__getitem__)
+    words = f"{teacher.name}: top-1 on {n} validation patches by convention: {_listed(tried)}"
+    if tried[best] > own + _CLEARLY_BETTER:
+        words += f"; it looks as if it was exported for: {best}. Nothing was switched"
+    job.warn(words)
+
+
+def _listed(tried: Mapping[str, float]) -> str:
+    return ", ".join(f"{words} {value:.3f}" for words, value in tried.items())
+
+
+def _about_softmax(teacher: Teacher, ending: str) -> str:
+    if ending == "softmax cut off":
+        return f"{teacher.name} ends in a softmax: the tensor before it is taken as logits"
+    words = (
+        f"{teacher.name} gives probabilities: their logarithm is taken as logits, which is the "
+        "same at every temperature"
+    )
+    params = teacher.params
+    if params.recorded_logit_mean is None and params.recorded_logit_std is None:
+        return words
+    return f"{words}; the recorded mean and std of logits can't be compared with it"

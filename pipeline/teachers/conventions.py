@@ -1,0 +1,168 @@
+"""Is this the teacher that was trained? Its figures, and what it says under other conventions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.tasks.metrics import agreement, expected_calibration_error, top1
+from pipeline.teachers.ensemble import combine
+from preprocessing.apply import scale, teacher_tensor, to_nchw
+from preprocessing.resize import resize_float
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from pipeline.teachers.teacher import Teacher
+    from preprocessing.contract import Contract
+
+    Prepare = Callable[[NDArray[np.generic]], NDArray[np.float32]]
+
+
+GREY_MAX = 255
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A figure of a teacher that is not what was recorded when it was trained."""
+
+    what: str
+    recorded: float
+    found: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.found:.4g}, recorded {self.recorded:.4g} (limit {self.limit:g})"
+
+
+def describe_member(
+    teacher: Teacher, logits: NDArray[np.float32], labels: NDArray[np.int64], sample: NDArray[Any]
+) -> dict[str, Any]:
+    """Figures of one teacher on the validation split.
+
+    Args:
+        teacher: the teacher.
+        logits: (N, classes).
+        labels: (N,).
+        sample: some stored patches of its bands.
+    """
+    tensor = teacher.prepare(sample)
+    return {
+        "top1_val": top1(logits, labels),
+        "ece_val": expected_calibration_error(logits, labels),
+        "logit_mean": float(logits.mean()),
+        "logit_std": float(logits.std()),
+        "input_min": float(tensor.min()),
+        "input_max": float(tensor.max()),
+    }
+
+
+def describe_ensemble(
+    members: Sequence[NDArray[np.float32]],
+    weights: Sequence[float],
+    temperatures: Sequence[float],
+    labels: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Top-1 and calibration error under both rules, and how often members agree."""
+    rules = {}
+    for rule in ("mean_logits", "mean_probabilities"):
+        logits = combine(members, weights, rule, temperatures)
+        rules[rule] = {
+            "top1_val": top1(logits, labels),
+            "ece_val": expected_calibration_error(logits, labels),
+        }
+    matrix = [[agreement(one, other) for other in members] for one in members]
+    return {"rules": rules, "agreement": matrix}
+
+
+def missed_records(
+    teacher: Teacher,
+    figures: Mapping[str, float],
+    max_top1: float,
+    max_logits: float,
+    *,
+    probabilities: bool = False,
+) -> list[Missed]:
+    """Which recorded figures a teacher does not reproduce.
+
+    Args:
+        teacher: with `params.recorded_...`.
+        figures: of `describe_member`.
+        max_top1: how far top-1 may be off.
+        max_logits: how far mean and standard deviation of the logits may be off, as a share of
+            the recorded standard deviation.
+        probabilities: the teacher gives these; its logits are known but for one number per patch,
+            and what was recorded of them can't be compared.
+    """
+    params = teacher.params
+    spread = params.recorded_logit_std or figures["logit_std"] or 1.0
+    checks = (
+        ("top-1", params.recorded_top1, figures["top1_val"], max_top1),
+        ("mean logit", params.recorded_logit_mean, figures["logit_mean"], max_logits * spread),
+        ("logit std", params.recorded_logit_std, figures["logit_std"], max_logits * spread),
+    )
+    return [
+        Missed(what, recorded, found, limit)
+        for what, recorded, found, limit in checks
+        if recorded is not None
+        and not (probabilities and "logit" in what)
+        and not abs(found - recorded) <= limit
+    ]
+
+
+def try_conventions(
+    teacher: Teacher,
+    contract: Contract,
+    bands_in_data: int,
+    patches: NDArray[Any],
+    labels: NDArray[np.int64],
+) -> dict[str, float]:
+    """Top-1 of a teacher on some labelled patches, under every convention met in the wild.
+
+    Args:
+        teacher: the teacher.
+        contract: statistics.
+        bands_in_data: of its modality.
+        patches: stored values of its bands, in its order, (N, H, W, C).
+        labels: (N,).
+
+    Returns:
+        Fraction by convention; the contract's own is the first. Nothing is switched by it.
+    """
+    ways = _conventions(teacher, contract, bands_in_data)
+    return {words: top1(teacher.outputs(patches, way)[0], labels) for words, way in ways.items()}
+
+
+def _conventions(teacher: Teacher, contract: Contract, bands_in_data: int) -> dict[str, Prepare]:
+    zscore = contract.statistics(teacher.modality, teacher.bands, bands_in_data)
+    first = contract.statistics(teacher.modality, range(len(teacher.bands)), bands_in_data)
+    how = teacher.params.resize
+
+    def resized(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return to_nchw(resize_float(values, teacher.size_hw, how))
+
+    def unscored(divisor: float) -> Prepare:
+        return lambda patches: resized(scale(patches, teacher.scaling) / np.float32(divisor))
+
+    ways: dict[str, Prepare] = {
+        "the contract": teacher.prepare,
+        "no z-score (as if the graph did it)": unscored(1.0),
+        "divided by 255, no z-score": unscored(GREY_MAX),
+        "stored values as they are": lambda patches: resized(patches.astype(np.float32)),
+        "bands reversed": lambda patches: np.ascontiguousarray(teacher.prepare(patches)[:, ::-1]),
+    }
+    if zscore is not None and first is not None:
+        mu, sigma = (np.array(v, np.float32) for v in (zscore.mu, zscore.sigma))
+
+        def divided(patches: NDArray[np.generic]) -> NDArray[np.float32]:
+            return resized((scale(patches, teacher.scaling) / np.float32(GREY_MAX) - mu) / sigma)
+
+        ways["divided by 255 before the z-score"] = divided
+        ways["mu and sigma of the first bands"] = lambda patches: teacher_tensor(
+            patches, teacher.scaling, first, teacher.size_hw, interpolation=how
+        )
+    return ways

@@ -1,0 +1,112 @@
+"""Opens every teacher that kdpipe.yaml names, and measures how many threads serve it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from metis.graph.sessions import Threads, fastest_threads
+from pipeline.run.errors import InputError, first_line
+from pipeline.teachers.onnx_teacher import open_onnx
+from pipeline.teachers.teacher import Teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from pipeline.params.sources import TeacherParams
+    from preprocessing.contract import Contract
+
+
+#: Patches per call when threads are compared.
+_TRIAL_BATCH = 16
+
+
+def open_teacher(
+    path: Path | None,
+    params: TeacherParams,
+    contract: Contract,
+    bands_in_data: int,
+    threads: Threads | None = None,
+) -> Teacher:
+    """Open a teacher and check it against the contract and the data.
+
+    Args:
+        path: its ONNX file, or the weights of a torch teacher; None: those of a hub.
+        params: how it is described in kdpipe.yaml.
+        contract: statistics and classes.
+        bands_in_data: of its modality.
+        threads: for onnxruntime.
+
+    Raises:
+        InputError: unreadable, truncated or unsafe file; not one input; wrong channel count, input
+            size, type or number of classes; a second normalization. The message names the file.
+        ContractError: the contract has no statistics for the teacher's bands.
+    """
+    zscore = contract.statistics(params.modality, params.bands, bands_in_data)
+    if params.zscore == "graph":
+        zscore = None
+    if params.timm is not None:
+        from pipeline.teachers.torch_teacher import open_torch_teacher
+
+        teacher = open_torch_teacher(path, params, contract, zscore)
+    else:
+        assert path is not None, "ingest's own checks"
+        teacher = open_onnx(path, params, contract, zscore, threads)
+    _check_classes(teacher, contract)
+    return teacher
+
+
+def open_teachers(
+    wanted: Iterable[tuple[Path | None, TeacherParams, int]], contract: Contract
+) -> tuple[list[Teacher], Threads | None]:
+    """Open teachers on as many threads as are fastest for the first of them here and now.
+
+    Args:
+        wanted: file, description and number of bands in the data, as `open_teacher` takes them.
+        contract: statistics and classes.
+
+    Returns:
+        The teachers, and the threads of those in onnxruntime, if there are any.
+
+    Raises:
+        InputError, ContractError: see `open_teacher`.
+    """
+    teachers = []
+    threads: Threads | None = None
+    for path, params, bands_in_data in wanted:
+        teacher = open_teacher(path, params, contract, bands_in_data, threads)
+        if threads is None and (threads := choose_threads(teacher)):
+            teacher = open_teacher(path, params, contract, bands_in_data, threads)
+        teachers.append(teacher)
+    return teachers, threads
+
+
+def choose_threads(teacher: Teacher) -> Threads | None:
+    """Measure how onnxruntime runs a teacher fastest on this machine; None for a torch teacher."""
+    if teacher.opset is None:
+        return None
+    channels, (height, width) = len(teacher.bands), teacher.size_hw
+    batch = teacher.batch or _TRIAL_BATCH
+    shape = (
+        (batch, channels, height, width)
+        if teacher.layout == "NCHW"
+        else (batch, height, width, channels)
+    )
+    return fastest_threads(teacher.files[0], shape, teacher.dtype)
+
+
+def _check_classes(teacher: Teacher, contract: Contract) -> None:
+    """Run one patch of zeros: the output must have a value for every class."""
+    shown = teacher.files[0].name if teacher.files else teacher.name
+    height, width = teacher.size_hw
+    zeros = np.zeros((1, height, width, len(teacher.bands)), np.float32)
+    try:
+        classes = teacher.outputs(zeros)[0].shape[-1]
+    except Exception as error:  # onnxruntime's exceptions share no narrower base
+        raise InputError(f"{shown} fails on a patch: {first_line(error)}") from error
+    if classes != len(contract.labels):
+        raise InputError(
+            f"{shown} has {classes} classes, but preprocessing.json labels {len(contract.labels)}"
+        )

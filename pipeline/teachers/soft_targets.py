@@ -1,0 +1,178 @@
+"""What ingest hands to distill besides images: the answers of the teachers, or the teachers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import numpy as np
+
+from pipeline.data.views import take_view
+from pipeline.teachers.answer_cache import picked, seen_bands
+from pipeline.teachers.ensemble import Ensemble
+from pipeline.teachers.open import open_teachers
+from pipeline.teachers.teacher import Teacher
+from preprocessing.contract import load_contract
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pipeline.data.splits import Split
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the ensemble says of a batch."""
+
+    logits: NDArray[np.float32]  # (n, classes)
+    features: list[NDArray[np.float32]]  # (n, ...) each, in the order of `feature_names`
+
+
+class Teaching:
+    """The artifact `teaching`: read it by split, view and index.
+
+    The folder holds ensemble.json; cached: <split>-logits.npy (views, N, classes) and
+    <split>-feature<i>.npy (views, N, ...); live: teachers/<i>/<file>, <split>-<modality>.npy
+    (N, H, W, bands) and <split>-rows.npy; and val-members.npy (members, N, classes).
+    """
+
+    def __init__(self, folder: Path, contract: Path) -> None:
+        """Map what is there; nothing is read yet.
+
+        Args:
+            folder: that `write_cached` or `write_live` filled.
+            contract: preprocessing.json.
+        """
+        self._folder = folder
+        self._contract = contract
+        document = json.loads((folder / "ensemble.json").read_text())
+        self.mode: Literal["cached", "live"] = document.pop("mode")
+        self.ensemble = msgspec.convert(document, Ensemble)
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._teachers: list[Teacher] | None = None
+
+    def answer(self, split: str, indices: NDArray[np.int64], view: int) -> Answer:
+        """What the ensemble says of some patches of a split.
+
+        Args:
+            split: "train" or "unlabeled".
+            indices: (n,), position in the split.
+            view: 0 .. views.count - 1.
+        """
+        if self.mode == "live":
+            return self._ask(split, indices, view)
+        names = ["logits", *(f"feature{i}" for i in range(len(self.ensemble.feature_names)))]
+        logits, *features = (self._array(f"{split}-{name}")[view, indices] for name in names)
+        return Answer(logits, features)
+
+    def val_members(self) -> NDArray[np.float32]:
+        """Logits of every member for the validation split, (members, N, classes)."""
+        return self._array("val-members")
+
+    def _array(self, name: str) -> NDArray[Any]:
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self._folder / f"{name}.npy", mmap_mode="r")
+        return self._arrays[name]
+
+    def _ask(self, split: str, indices: NDArray[np.int64], view: int) -> Answer:
+        if self._teachers is None:
+            wanted = [
+                (self._file(i), m.params, m.bands_in_data)
+                for i, m in enumerate(self.ensemble.members)
+            ]
+            self._teachers, _ = open_teachers(wanted, load_contract(self._contract))
+        bands = seen_bands(self._teachers)
+        rows = self._array(f"{split}-rows")[indices]
+        patches = {
+            m: take_view(
+                self._array(f"{split}-{m}")[indices],
+                rows,
+                view,
+                self.ensemble.views,
+                self.ensemble.seed,
+            )
+            for m in bands
+        }
+        outputs = [t.outputs(picked(patches, bands, t)) for t in self._teachers]
+        logits = self.ensemble.logits([first for first, *_ in outputs])
+        return Answer(logits, [feature for _, *features in outputs for feature in features])
+
+    def _file(self, member: int) -> Path | None:
+        folder = self._folder / "teachers" / str(member)
+        name = self.ensemble.members[member].params.path
+        return folder / name if name else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without maps and sessions: a worker process opens its own."""
+        return {**self.__dict__, "_arrays": {}, "_teachers": None}
+
+
+def write_ensemble(
+    folder: Path, mode: str, ensemble: Ensemble, members: NDArray[np.float32]
+) -> None:
+    """Start the artifact: how the outputs are combined, and each member's validation logits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"mode": mode, **asdict(ensemble)}
+    (folder / "ensemble.json").write_text(json.dumps(document, indent=1) + "\n")
+    np.save(folder / "val-members.npy", members)
+
+
+class AnswerWriter:
+    """Fills the cached arrays of one split, block by block."""
+
+    def __init__(self, folder: Path, split: str, ensemble: Ensemble, count: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._ensemble = ensemble
+        self._count = count
+        self._arrays: list[NDArray[np.float32]] = []
+
+    def add(self, part: slice, outputs: Sequence[Sequence[NDArray[np.float32]]]) -> None:
+        """Keep the answers to some patches; per member its outputs (views, n, ...)."""
+        logits = self._ensemble.logits([first for first, *_ in outputs])
+        arrays = [logits, *(feature for _, *features in outputs for feature in features)]
+        if not self._arrays:
+            names = ["logits", *(f"feature{i}" for i in range(len(arrays) - 1))]
+            self._arrays = [
+                np.lib.format.open_memmap(
+                    self._folder / f"{self._split}-{name}.npy",
+                    mode="w+",
+                    dtype=np.float32,
+                    shape=(len(array), self._count, *array.shape[2:]),
+                )
+                for name, array in zip(names, arrays, strict=True)
+            ]
+        for kept, array in zip(self._arrays, arrays, strict=True):
+            kept[:, part] = array
+
+
+def write_live_teachers(folder: Path, teachers: Sequence[Teacher]) -> None:
+    """Copy the teachers' files into the artifact, each with its weights outside beside it."""
+    for i, teacher in enumerate(teachers):
+        for file in teacher.files:
+            copy = folder / "teachers" / str(i) / file.relative_to(teacher.files[0].parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def write_live_patches(folder: Path, split: Split, teachers: Sequence[Teacher], block: int) -> None:
+    """Copy the bands of a split that the teachers see, float32, and its rows."""
+    for modality, bands in seen_bands(teachers).items():
+        height, width, _ = split.source.shape(modality)
+        copy = np.lib.format.open_memmap(
+            folder / f"{split.name}-{modality}.npy",
+            mode="w+",
+            dtype=np.float32,
+            shape=(len(split), height, width, len(bands)),
+        )
+        for start in range(0, len(split), block):
+            rows = split.rows[start : start + block]
+            copy[start : start + len(rows)] = split.source.read(modality, rows, bands)
+        copy.flush()
+    np.save(folder / f"{split.name}-rows.npy", split.rows)

@@ -1,0 +1,1 @@
+"""The student's training: losses, batches, Lightning module, loop, the int8 grid."""

@@ -1,0 +1,155 @@
+"""The last part of a training on the int8 grid: from the float student on, folded, same teacher.
+
+The student is folded as the chip's quantizer folds it, the ranges of its activations are chosen as
+calibration chooses them, and training goes on with everything rounded to that grid. What comes out
+is a float student again: the same graph with other weights.
+
+The ranges stay as they were chosen: calibration chooses them anew for the trained weights, by the
+same rule, so ranges that were learned here would be lost, and with them what they gained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from metis.emulator.execute import int8_logits
+from metis.quantize.folding import prepare
+from metis.quantize.placement import watch
+from metis.quantize.qdq import quantized_graph
+from metis.quantize.ranges import choose
+from pipeline.calibration.recipe import Recipe, watched
+from pipeline.calibration.study import figures
+from pipeline.data.dataset import DatasetSplit
+from pipeline.networks.inference import reference_logits
+from pipeline.params.distill import float_part
+from pipeline.tasks.metrics import paired_difference
+from preprocessing.apply import student_tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pipeline.params.distill import DistillParams
+    from pipeline.training.task import Task
+
+
+#: Training patches that the ranges are chosen on.
+SAMPLES = 256
+
+_SCHEME = "per_tensor_histogram"
+
+
+def last_part(params: DistillParams) -> DistillParams:
+    """The training on the grid: same losses, Adam and a cosine from its own learning rate to 0."""
+    end = params.temperature if params.temperature_end is None else params.temperature_end
+    return replace(
+        params,
+        epochs=params.epochs - float_part(params).epochs,
+        optimizer="adamw",
+        learning_rate=params.quantization_aware.learning_rate,
+        # Folded weights have no BatchNorm behind them that would undo what decay takes away.
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_epochs=0.0,
+        temperature=end,
+        temperature_end=None,
+        early_stop_patience=None,
+        precision="32",  # bfloat16 has no more digits than the grid has
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the last part begins, as files, so that other processes find it."""
+
+    folded: Path  # the float student, folded: ONNX, batch 1
+    samples: Path  # .npy, float32, (N, 1, C, H, W)
+    ranges: Path  # of its activations
+    count: int  # of the samples
+
+    @staticmethod
+    def write(task: Task, student: Path, scratch: Path) -> Start:
+        """Fold an exported student and choose the ranges of its activations.
+
+        Args:
+            task: the float part.
+            student: ONNX; is replaced by the folded graph.
+            scratch: an existing folder for the rest.
+
+        Raises:
+            BackendError: the chip can't run the student.
+        """
+        parts = prepare(onnx.load(student))
+        onnx.save(parts.student, student)
+        train = DatasetSplit.load(Path(task.dataset) / "train")
+        random = np.random.default_rng(task.seed)
+        chosen = random.permutation(len(train.labels))[:SAMPLES]
+        samples = student_tensor(train.images[np.sort(chosen)], task.given)
+        start = Start(student, scratch / "samples.npy", scratch / "ranges.json", len(samples))
+        np.save(start.samples, samples[:, None])
+        seen = watch(parts)
+        seen.add(samples, lambda count: None)
+        choose(seen, "mse").save(start.ranges)
+        return start
+
+    def task(self, before: Task, params: DistillParams, name: str, *, on_grid: bool) -> Task:
+        """The training that goes on from here; without the grid it is the control.
+
+        Args:
+            before: the float part.
+            params: of the whole training.
+            name: of its folders, beside those of the float part.
+            on_grid: whether to round to int8.
+        """
+        return replace(
+            before,
+            params=last_part(params),
+            init=None,
+            folded=str(self.folded),
+            ranges=str(self.ranges) if on_grid else None,
+            first_epoch=before.params.epochs,
+            folder=str(Path(before.folder).with_name(name)),
+            logs=str(Path(before.logs).with_name(name)),
+        )
+
+    def int8_facts(self, task: Task, student: Path) -> dict[str, Any]:
+        """What int8 costs a student on the validation split, in the emulator.
+
+        Args:
+            task: any of its trainings.
+            student: ONNX.
+        """
+        val = DatasetSplit.load(Path(task.dataset) / "val")
+        frames = student_tensor(val.images, task.given)
+        exact = reference_logits(student, frames)
+        int8 = emulated_logits(student, self.samples, frames)
+        loss, interval = paired_difference(
+            exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
+        )
+        return {
+            **figures(exact, int8, val.labels),
+            "loss_points": 100 * loss,
+            "loss_interval95_points": [100 * bound for bound in interval],
+        }
+
+
+def emulated_logits(
+    student: Path, samples: Path, frames: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What a float student says in int8, calibrated as `kdpipe calibrate` does it by default.
+
+    Args:
+        student: ONNX.
+        samples: .npy, float32, (N, 1, C, H, W).
+        frames: float32, (N, C, H, W).
+    """
+    recipe = Recipe(_SCHEME)
+    calibrated = watched(student, samples, recipe, lambda count: None)
+    ranges = calibrated.ranges(recipe)
+    parts = prepare(calibrated.baked(recipe, ranges))
+    graph = quantized_graph(parts.core, ranges, scheme=_SCHEME)
+    return int8_logits(parts, graph, _SCHEME, frames)

@@ -1,0 +1,99 @@
+"""One training, described so that another process can take part in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file
+
+from pipeline.networks.build import build_student
+from pipeline.params.distill import DistillParams
+from pipeline.training.folded_network import folded_network
+from preprocessing.student_input import StudentInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+    from torch.nn import Module
+
+    from pipeline.params.distill import DistillParams
+
+
+def trained_student(
+    params: DistillParams, weights: Path, given: StudentInput, classes: int
+) -> Module:
+    """The torch network that distill left; needs the extra `train`.
+
+    Args:
+        params: the section `distill`, which names the network.
+        weights: student.safetensors; of a folded student, with folded.onnx beside it.
+        given: the student's input.
+        classes: number of classes.
+    """
+    from safetensors.torch import load_file
+
+    from pipeline.networks.build import build_student
+    from pipeline.training.folded_network import folded_network
+
+    network: Module
+    if params.quantization_aware.share:
+        network = folded_network(weights.with_name("folded.onnx"))
+    else:
+        network = build_student(
+            params.student, given, classes, seed=0, stem_stride=params.stem_stride
+        )
+    network.load_state_dict(load_file(weights))
+    return network
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training, described so that another process can take part in it."""
+
+    params: DistillParams
+    dataset: str  # folders and files
+    teaching: str
+    contract: str
+    student_input: str
+    init: str | None  # file of weights to start from
+    classes: int
+    seed: int
+    taught: bool  # False: the same student, steps and labelled data, without teacher
+    folder: str  # for checkpoints and results; what is there is gone on with
+    logs: str  # for TensorBoard
+    folded: str | None = None  # ONNX of a folded student to go on with, in place of a network
+    ranges: str | None = None  # of its activations: train it on their int8 grid
+    first_epoch: int = 0  # how many epochs of the order of samples lie behind it
+
+    @property
+    def soft(self) -> bool:
+        """Whether anything but labels teaches; only then patches without labels are of use."""
+        return self.taught and bool(self.params.soft_weight or self.params.feature_weight)
+
+    @property
+    def given(self) -> StudentInput:
+        """The student's input."""
+        return StudentInput.load(Path(self.student_input))
+
+    def network(self) -> nn.Module:
+        """The student as training finds it."""
+        if self.folded is not None:
+            return folded_network(Path(self.folded), Path(self.ranges) if self.ranges else None)
+        return build_student(
+            self.params.student,
+            self.given,
+            self.classes,
+            seed=self.seed,
+            stem_stride=self.params.stem_stride,
+            init=Path(self.init) if self.init else None,
+        )
+
+
+def trained(task: Task) -> nn.Module:
+    """The float student with the weights of its best epoch, in evaluation mode."""
+    network = replace(task, ranges=None).network()
+    network.load_state_dict(load_file(Path(task.folder) / "student.safetensors"))
+    return network.eval()

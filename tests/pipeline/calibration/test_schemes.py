@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from metis.backend import BackendError, QuantizedModel
+from pipeline.calibration.schemes import quantize_best
+
+FIGURES = {
+    "a": {"top1_val_int8": 0.8, "logits_sqnr_db": 30.0},
+    "b": {"top1_val_int8": 0.9, "logits_sqnr_db": 20.0},
+    "c": {"top1_val_int8": 0.9, "logits_sqnr_db": 25.0},
+    "exact": {"top1_val_int8": 0.9, "logits_sqnr_db": None},
+}
+OTHERS = {"int8_loss_points": 0.0, "top1_agreement": 1.0}
+
+
+def quantize(scheme, into):
+    if scheme.startswith("no"):
+        raise BackendError(f"the SDK refused {scheme}")
+    into.mkdir()
+    model = QuantizedModel(into, "x", "voyager", "1.8.0", scheme, (), ())
+    model.save()
+    return model
+
+
+def measure(model):
+    return {**FIGURES[model.scheme], **OTHERS}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "best"),
+    [("a", "a"), ("ab", "b"), ("abc", "c"), ("cba", "c"), (["a", "c", "exact"], "exact")],
+)
+def test_the_best_top1_is_kept_then_the_best_sqnr(tmp_path, schemes, best):
+    model, figures, rows = quantize_best(quantize, measure, schemes, tmp_path / "int8")
+    assert model.scheme == best
+    assert figures["top1_val_int8"] == FIGURES[best]["top1_val_int8"]
+    assert [row["scheme"] for row in rows] == list(schemes)
+    assert [row["scheme"] for row in rows if row["chosen"]] == [best]
+    assert list(tmp_path.iterdir()) == [tmp_path / "int8"]
+    assert json.loads((tmp_path / "int8" / "quantized.json").read_text())["scheme"] == best
+
+
+def test_a_scheme_that_is_refused_is_a_row_and_all_of_them_are_an_error(tmp_path):
+    _, _, rows = quantize_best(quantize, measure, ["no1", "a"], tmp_path / "int8")
+    assert rows[0] == {"scheme": "no1", "refused": "the SDK refused no1", "chosen": False}
+    with pytest.raises(BackendError, match="the SDK refused no1"):
+        quantize_best(quantize, measure, ["no1", "no2"], tmp_path / "other")

@@ -1,0 +1,181 @@
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.reports.pages import write_report
+from pipeline.reports.report import ReportError, parse_measurement, parse_report, summary_lines
+
+
+@pytest.fixture
+def tree(finished):
+    return json.loads((finished.artifact("benchmark_report") / "report.json").read_text())
+
+
+def parse(tree):
+    return parse_report(json.dumps(tree).encode())
+
+
+def test_the_report_reads_back(tree):
+    report = parse(tree)
+    assert report.run == "tiny"
+    lines = summary_lines(report)
+    assert any("teacher ensemble" in line for line in lines)
+
+
+FIGURES = [
+    ("load_ms",),
+    ("throughput",),
+    ("top1_test",),
+    ("latency", 0),
+    ("latency", 1),
+    ("first_inference_ms",),
+    ("overhead_share",),
+    ("accuracy",),
+    ("throughput_modes", 0),
+    ("passes", 0),
+    ("repetition",),
+]
+
+
+@pytest.mark.parametrize("path", FIGURES)
+def test_an_emulated_figure_that_calls_itself_a_devices_fails(tree, path):
+    figure = tree["measurement"]
+    for key in path:
+        figure = figure[key]
+    figure["measured_on"] = "device"
+    with pytest.raises(ReportError, match="says measured_on device, but runtime onnxruntime"):
+        parse(tree)
+
+
+def origins(tree):
+    """Every mapping of a JSON tree that says where it was measured."""
+    if isinstance(tree, dict):
+        yield from [tree] if "measured_on" in tree else []
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(value, dict | list):
+            yield from origins(value)
+
+
+def test_no_figure_of_an_emulation_can_be_renamed(tree):
+    found = list(origins(tree))
+    assert len(found) > 40
+    for figure in found:
+        honest = figure["measured_on"]
+        figure["measured_on"] = "device"
+        with pytest.raises(ReportError, match="says measured_on device"):
+            parse(tree)
+        figure["measured_on"] = honest
+    parse(tree)
+
+
+@pytest.mark.parametrize("path", FIGURES)
+def test_a_figure_without_its_origin_fails(tree, path):
+    figure = tree["measurement"]
+    for key in path:
+        figure = figure[key]
+    del figure["measured_on"]
+    with pytest.raises(ReportError, match="missing required field `measured_on`"):
+        parse(tree)
+
+
+def test_an_emulation_has_no_device(tree):
+    tree["measurement"]["device"] = {"name": "metis-0:1:0"}
+    with pytest.raises(ReportError, match="has no device"):
+        parse(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("heat_before", "temperature_c"), 41.0, "no device to read heat, power or clocks of"),
+        (("heat_after", "power_w"), 7.5, "no device to read heat, power or clocks of"),
+        (("heat_after", "clocks"), {"clock_profile": "800"}, "no device to read heat"),
+        (("heat_during", "hottest_c"), 41.0, "no device to read heat, power or a driver of"),
+        (("passes", 0, "power_w"), 7.5, "no device to read heat, power or a driver of"),
+        (("link", "width"), 4, "no device to read a PCIe link of"),
+    ],
+)
+def test_an_emulation_reads_nothing_off_a_device(tree, path, value, words):
+    group = tree["measurement"]
+    for key in path[:-1]:
+        group = group[key]
+    assert not group[path[-1]]
+    group[path[-1]] = value
+    with pytest.raises(ReportError, match=words):
+        parse(tree)
+
+
+def test_an_estimate_never_says_that_it_was_measured(tree):
+    board = {"throughput": {"value": 900.0, "unit": "frames/s", "measured_on": "estimate"}}
+    tree["estimate"] = {"measured_on": "estimate", "boards": {"pcie": board}}
+    parse(tree)
+    board["throughput"]["measured_on"] = "device"
+    with pytest.raises(ReportError, match=r"estimate\.boards\.pcie\.throughput says measured_on"):
+        parse(tree)
+
+
+def test_what_is_not_known_is_left_out_and_what_is_known_is_shown(tree, finished, tmp_path):
+    samples = finished.artifact("benchmark_report") / "samples.npz"
+    figure = {
+        "value": 900.0,
+        "unit": "frames/s",
+        "measured_on": "estimate",
+        "low": 800.0,
+        "high": 999.0,
+    }
+    board = {"throughput": figure, "latency": {**figure, "value": 1.5, "unit": "ms", "low": None}}
+    known = {
+        "int8_emulator": {
+            "int8_loss_points": 0.5,
+            "top1_agreement": 0.98,
+            "measured_on": "host-emulation",
+        },
+        "rewrites": [{"node": "gate_3", "words": "a ReduceMean became a GlobalAveragePool"}],
+        "estimate": {"boards": {"pcie": board}, "misses": ["a miss"], "obstacle": None},
+    }
+    shown = (
+        "emulator's, on the same patches: +0.50",
+        "gate_3: a ReduceMean",
+        "900 frames/s (800 to 999)",
+    )
+    for facts in ({"int8_emulator": None, "rewrites": [], "estimate": None}, known):
+        write_report(parse({**tree, **facts}), samples, tmp_path)
+        for name in ("report.md", "report.html"):
+            text = (tmp_path / name).read_text().replace("&#39;", "'")
+            for words in shown:
+                assert (words in text) == (facts is known), (name, words)
+
+
+def test_the_picture_shows_the_temperature_where_there_is_one(tree, finished, tmp_path):
+    with np.load(finished.artifact("benchmark_report") / "samples.npz") as archive:
+        samples = {**archive}
+    assert len(samples["heat_c"]) == 0
+    for degrees in ([], [51.0, np.nan, 63.0]):
+        stamps = np.arange(len(degrees)) * 10**8
+        np.savez(tmp_path / "s.npz", **{**samples, "heat_c": degrees, "heat_ns": stamps})
+        write_report(parse(tree), tmp_path / "s.npz", tmp_path)
+        picture = (tmp_path / "latency.svg").read_text()
+        assert ("device, C" in picture) == bool(degrees)
+        assert picture in (tmp_path / "report.html").read_text()
+
+
+def test_the_measurement_must_be_of_the_same_contract(tree):
+    tree["contract"] = "0" * 64
+    with pytest.raises(ReportError, match="the report's contract is 0000"):
+        parse(tree)
+
+
+def test_an_unknown_field_or_another_word_fails(tree):
+    tree["measurement"]["fps"] = 3
+    with pytest.raises(ReportError, match="unknown field `fps`"):
+        parse(tree)
+    del tree["measurement"]["fps"]
+    tree["measurement"]["verdict"]["word"] = "GREAT"
+    with pytest.raises(ReportError, match="GREAT"):
+        parse(tree)
+
+
+def test_what_kdbench_prints_last_must_be_its_report():
+    with pytest.raises(ReportError, match="last line is not its report"):
+        parse_measurement("segmentation fault")

@@ -1,0 +1,51 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipeline.run.errors import ExtraMissingError, StageError, require_extra
+from pipeline.run.stage import Stage, keyed_params, order_stages, path_field, unkeyed_field
+from pipeline.stages import load_stages, stage_names
+
+
+@dataclass(frozen=True)
+class Params:
+    value: int = 1
+    file: str = path_field("x.npz")
+    limit: float = unkeyed_field(1.0)
+    inner: tuple[int, ...] = field(default=(1, 2))
+
+
+def stage(inputs, *outputs):
+    return Stage(inputs=inputs, outputs={o: o for o in outputs}, params=Params, run=lambda j, p: {})
+
+
+def test_the_files_are_the_stages_and_their_order_follows_from_names():
+    assert stage_names() == ("benchmark", "calibrate", "compile", "distill", "ingest")
+    assert list(load_stages()) == ["ingest", "distill", "calibrate", "compile", "benchmark"]
+
+
+def test_two_makers_of_one_artifact_are_named():
+    with pytest.raises(StageError, match="a and b both make 'x'"):
+        order_stages({"a": stage((), "x"), "b": stage((), "x")})
+
+
+def test_a_cycle_is_named():
+    with pytest.raises(StageError, match=r"wait for each other: .*a.*b"):
+        order_stages({"a": stage(("y",), "x"), "b": stage(("x",), "y")})
+
+
+def test_an_input_nobody_makes_is_named():
+    with pytest.raises(StageError, match="a needs 'z', which no stage makes"):
+        order_stages({"a": stage(("z",), "x")})
+
+
+def test_file_names_and_limits_do_not_decide_what_a_stage_makes():
+    assert keyed_params(Params(file="other", limit=9.0)) == {"value": 1, "inner": [1, 2]}
+
+
+def test_a_missing_extra_is_named_with_its_packages():
+    require_extra("train", "json")
+    with pytest.raises(
+        ExtraMissingError, match=r"no_such_package not installed.*'kdpipe\[train\]'"
+    ):
+        require_extra("train", "json", "no_such_package")
