@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metis.voyager.pipeline_reader import Pipeline, PipelineError
+from pipeline.artifacts import Artifacts
 from pipeline.data.dataset import DatasetSplit
 from pipeline.networks.inference import reference_logits
 from pipeline.params.benchmark import Limits
@@ -163,7 +164,7 @@ def look(
         place = Place(copy / f"{run}.yaml", images)
         if plant is not None:
             plant(place)
-        legs = image_legs({**artifacts, "device_pipeline": copy}, run)
+        legs = image_legs(Artifacts({**artifacts, "device_pipeline": copy}, "artifacts"), run)
         by_parity = any(leg.judge(LIMITS)[1] is False for leg in legs)
         trained = reference_logits(artifacts["student"], student_tensor(val.images[:1], given))
         try:

@@ -365,11 +365,9 @@ def calibrate(
     settings = load_config(config, stages, changes=changes, run=run_name)
     runner = Runner(settings, stages, echo=_to_stderr, debug=debug)
     runner.require_inputs("calibrate")
-    assert runner.state.manifest is not None
-    files = {n: runner.folder / a.path for n, a in runner.state.manifest.artifacts.items()}
     params = settings.params["calibrate"]
     rows = []
-    for row in curve(files, params, settings.seed, numbers, lambda n: None):
+    for row in curve(runner.state.paths, params, settings.seed, numbers, lambda n: None):
         rows.append(row)
         if not as_json and len(rows) == 1:
             click.echo("samples  top-1   agreement  SQNR     on validation, host-emulation")

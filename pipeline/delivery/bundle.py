@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metis.backend import CompiledModel, QuantizedModel, open_backend
-from pipeline.params.benchmark import BUNDLED, BundleLimits
+from pipeline.params.benchmark import BundleLimits
 from pipeline.run.errors import StageError
 from pipeline.run.files import folder_files, new_folder
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pipeline.artifacts import Artifacts
     from pipeline.run.state import RunState
 
 
@@ -29,7 +30,7 @@ SCHEMA = 2
 
 
 def assemble_bundle(
-    inputs: Mapping[str, Path],
+    inputs: Artifacts,
     into: Path,
     *,
     golden_samples: int,
@@ -49,12 +50,12 @@ def assemble_bundle(
     """
     from preprocessing.contract import load_contract
 
-    compiled = CompiledModel.load(inputs["compiled_model"])
+    compiled = CompiledModel.load(inputs.compiled_model)
     into.mkdir(exist_ok=True)
     shutil.copytree(compiled.path, into / "model")
     for name in ("contract", "student_input", "labels"):
         shutil.copyfile(inputs[name], into / inputs[name].name)
-    for yaml in inputs["device_pipeline"].glob("*.yaml"):
+    for yaml in inputs.device_pipeline.glob("*.yaml"):
         shutil.copyfile(yaml, into / "pipeline.yaml")
     _save_arrays(into / "golden.npz", _golden(inputs, golden_samples))
     _save_arrays(into / "test.npz", _test(inputs, progress))
@@ -72,7 +73,7 @@ def assemble_bundle(
     model = {name: digest for name, digest in files.items() if name.startswith("model/")}
     index = {
         "schema": SCHEMA,
-        "contract": load_contract(inputs["contract"]).sha256,
+        "contract": load_contract(inputs.contract).sha256,
         "runtime": compiled.runtime,
         "backend": f"{compiled.backend} {compiled.version}",
         "aipu_cores": compiled.aipu_cores,
@@ -102,32 +103,28 @@ def write_whole(state: RunState, dest: Path) -> int:
     Raises:
         InputError: there is something already, or it can't be written there.
     """
-    artifacts = {name: state.artifact(name) for name in BUNDLED}
-    inputs = {name: state.folder / found.path for name, found in artifacts.items() if found}
     params = state.config.params["benchmark"]
     with new_folder(dest) as folder:
         assemble_bundle(
-            inputs, folder, golden_samples=params.golden_samples, limits=params.bundle_limits
+            state.paths, folder, golden_samples=params.golden_samples, limits=params.bundle_limits
         )
     return sum(1 for _ in folder_files(dest))
 
 
-def _golden(inputs: Mapping[str, Path], count: int) -> dict[str, NDArray[np.generic]]:
+def _golden(inputs: Artifacts, count: int) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), tensors (float32, NCHW), logits (float32, of the int8 host model)."""
     from pipeline.data.dataset import DatasetSplit
     from preprocessing.apply import student_tensor
     from preprocessing.student_input import StudentInput
 
-    images = DatasetSplit.load(inputs["dataset"] / "val").spread(count).images
-    tensors = student_tensor(images, StudentInput.load(inputs["student_input"]))
-    quantized = QuantizedModel.load(inputs["quantized_model"])
+    images = DatasetSplit.load(inputs.dataset / "val").spread(count).images
+    tensors = student_tensor(images, StudentInput.load(inputs.student_input))
+    quantized = QuantizedModel.load(inputs.quantized_model)
     logits = open_backend(quantized.backend).infer(quantized, tensors)
     return {"images": images, "tensors": tensors, "logits": logits}
 
 
-def _test(
-    inputs: Mapping[str, Path], progress: Callable[[int], object]
-) -> dict[str, NDArray[np.generic]]:
+def _test(inputs: Artifacts, progress: Callable[[int], object]) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), labels (int64), float_classes (int64, of the float student)."""
     import numpy as np
 
@@ -136,12 +133,12 @@ def _test(
     from preprocessing.apply import student_tensor
     from preprocessing.student_input import StudentInput
 
-    given = StudentInput.load(inputs["student_input"])
-    test = DatasetSplit.load(inputs["test_set"])
+    given = StudentInput.load(inputs.student_input)
+    test = DatasetSplit.load(inputs.test_set)
     classes = []
     for start in range(0, len(test.labels), 256):
         tensors = student_tensor(test.images[start : start + 256], given)
-        classes.append(reference_logits(inputs["student"], tensors).argmax(1))
+        classes.append(reference_logits(inputs.student, tensors).argmax(1))
         progress(len(tensors))
     return {
         "images": test.images,

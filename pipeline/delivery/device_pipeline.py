@@ -24,13 +24,13 @@ def write_device_pipeline(job: Job, params: CompileParams, given: StudentInput, 
     from preprocessing.contract import load_contract
 
     obstacle = yaml_obstacle(given)
-    folder = job.outputs["device_pipeline"]
+    folder = job.outputs.device_pipeline
     folder.mkdir()
     if obstacle:
         job.warn(f"no Voyager pipeline YAML: {obstacle}")
         (folder / "no-pipeline-yaml.txt").write_text(f"{obstacle}\n")
         return obstacle
-    contract = load_contract(job.inputs["contract"])
+    contract = load_contract(job.inputs.contract)
     pipeline = DevicePipeline(
         name=job.run,
         labels=len(contract.labels),
@@ -42,7 +42,7 @@ def write_device_pipeline(job: Job, params: CompileParams, given: StudentInput, 
         path_prefix=params.path_prefix,
     )
     (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
-    shutil.copyfile(job.inputs["baked_student"], folder / pipeline.weight_path)
+    shutil.copyfile(job.inputs.baked_student, folder / pipeline.weight_path)
     _write_images(job, contract, given, folder / pipeline.dataset)
     return ""
 
@@ -61,13 +61,13 @@ def measure_device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
     if len(worst) < len(errors):  # a std vanishes: there is nothing to run
         return {"channels": channels, "worst": None}
     result: dict[str, Any] = {"channels": channels, "worst": max(worst)}
-    val = DatasetSplit.load(job.inputs["dataset"] / "val").spread(2000)
+    val = DatasetSplit.load(job.inputs.dataset / "val").spread(2000)
     kept = replace(
         given,
         mean=tuple(e.mean_kept for e in errors),
         std=tuple(e.std_kept for e in errors),
     )
-    network = reference_network(job.inputs["student"])
+    network = reference_network(job.inputs.student)
     exact, rounded = (answers(val.images, how, network)[0] for how in (given, kept))
     labels = val.labels
     result["top1_exact"], result["top1_kept"] = top1(exact, labels), top1(rounded, labels)
@@ -84,15 +84,15 @@ def _write_images(job: Job, contract: Contract, given: StudentInput, folder: Pat
     from preprocessing.apply import exported_images
     from preprocessing.images import class_folders, write_in_order, write_png
 
-    samples = json.loads((job.inputs["calibration_set"] / "samples.json").read_text())
-    train = DatasetSplit.load(job.inputs["dataset"] / "train")
+    samples = json.loads((job.inputs.calibration_set / "samples.json").read_text())
+    train = DatasetSplit.load(job.inputs.dataset / "train")
     chosen = np.searchsorted(train.rows, samples["rows"])
     write_in_order(
         (exported_images(train.images[i : i + 1], given)[0] for i in chosen),
         folder / "calibration",
         len(chosen),
     )
-    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    val = DatasetSplit.load(job.inputs.dataset / "val")
     names = class_folders(contract.labels)
     for label, name in enumerate(names):  # the SDK's reader takes positions for class indices
         (folder / "val" / name).mkdir(parents=True)
@@ -106,4 +106,4 @@ def _write_images(job: Job, contract: Contract, given: StudentInput, folder: Pat
             image = exported_images(val.images[i : i + 1], given)[0]
             write_png(image, folder / "val" / names[label] / f"row{row}.png")
             bar.update(1)
-    shutil.copyfile(job.inputs["labels"], folder / "labels.txt")
+    shutil.copyfile(job.inputs.labels, folder / "labels.txt")

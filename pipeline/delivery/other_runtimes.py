@@ -94,15 +94,14 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
     wanted = {name: FORMATS[name] for name in formats}
     for how in wanted.values():
         require_extra(*how.needs)
-    assert state.manifest is not None
-    paths = {n: state.folder / a.path for n, a in state.manifest.artifacts.items()}
-    given = StudentInput.load(paths["student_input"])
-    val = DatasetSplit.load(paths["dataset"] / "val")
+    paths = state.paths
+    given = StudentInput.load(paths.student_input)
+    val = DatasetSplit.load(paths.dataset / "val")
     params = state.config.params["distill"]
-    classes = len(load_contract(paths["contract"]).labels)
-    weights = paths["training"] / "student.safetensors"
+    classes = len(load_contract(paths.contract).labels)
+    weights = paths.training / "student.safetensors"
     source = _Source(
-        paths["student"],
+        paths.student,
         partial(trained_student, params, weights, given, classes),
         (1, len(given.bands), *given.size_hw),
     )
@@ -116,7 +115,7 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
             try:
                 how.write(source, file)
                 exact, found = answers(
-                    val.images, given, reference_network(paths["student"]), how.open(file)
+                    val.images, given, reference_network(paths.student), how.open(file)
                 )
             except Exception as error:  # each writer and reader has exceptions of its own
                 words = (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -17,12 +17,13 @@ from preprocessing.images import class_folders, read_png
 from preprocessing.student_input import StudentInput, linear_encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
     from typing import Any
 
     from numpy.typing import NDArray
 
+    from pipeline.artifacts import Artifacts
     from preprocessing.contract import Contract
 
 
@@ -33,7 +34,7 @@ _BLOCK = 64
 
 
 def image_legs(
-    artifacts: Mapping[str, Path], run: str, progress: Callable[[int], object] = lambda n: None
+    artifacts: Artifacts, run: str, progress: Callable[[int], object] = lambda n: None
 ) -> list[Leg]:
     """Training tensor against the exported PNG files, read back by two independent ways.
 
@@ -50,14 +51,14 @@ def image_legs(
         "png": "tensor from the exported PNG, by preprocessing/ alone",
         "yaml": "tensor from the exported PNG, by doing what the YAML says",
     }
-    given = StudentInput.load(artifacts["student_input"])
+    given = StudentInput.load(artifacts.student_input)
     if obstacle := yaml_obstacle(given):
         return [Leg(name, source, to, 0, obstacle=obstacle) for name, to in targets.items()]
-    contract = load_contract(artifacts["contract"])
-    folder = artifacts["device_pipeline"] / f"{run}-images" / "val"
-    val = DatasetSplit.load(artifacts["dataset"] / "val").spread(SAMPLES)
+    contract = load_contract(artifacts.contract)
+    folder = artifacts.device_pipeline / f"{run}-images" / "val"
+    val = DatasetSplit.load(artifacts.dataset / "val").spread(SAMPLES)
     promised, fields = _by_contract(given, contract)
-    pipeline, yaml_fields = _read_pipeline(artifacts["device_pipeline"] / f"{run}.yaml", given)
+    pipeline, yaml_fields = _read_pipeline(artifacts.device_pipeline / f"{run}.yaml", given)
     by_png = _Found(fields)
     by_yaml = _Found(yaml_fields, None if pipeline is None else 0.0)
     read_back = student_tensor if given.device_resize else normalized

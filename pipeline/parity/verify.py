@@ -36,20 +36,20 @@ def verify_parity(state: RunState) -> list[tuple[Leg, str, bool | None]]:
                 f"parity needs {artifact!r}, which run {state.config.run} does not have.\n"
                 f"  {stage} makes it:  kdpipe run --to {stage}"
             )
+    paths = state.paths
     assert state.manifest is not None
-    paths = {n: state.folder / a.path for n, a in state.manifest.artifacts.items()}
     facts = {name: record.facts for name, record in state.manifest.stages.items()}
-    given = StudentInput.load(paths["student_input"])
-    val = DatasetSplit.load(paths["dataset"] / "val")
+    given = StudentInput.load(paths.student_input)
+    val = DatasetSplit.load(paths.dataset / "val")
     distill = facts["distill"]
     if find_spec("torch") and find_spec("timm"):
-        classes = len(load_contract(paths["contract"]).labels)
-        weights = paths["training"] / "student.safetensors"
+        classes = len(load_contract(paths.contract).labels)
+        weights = paths.training / "student.safetensors"
         params = state.config.params["distill"]
-        values = export_values(params, weights, given, classes, paths["student"], val)
+        values = export_values(params, weights, given, classes, paths.student, val)
         distill = {**distill, "export": values}
-    model = QuantizedModel.load(paths["quantized_model"])
-    int8 = {**facts["calibrate"], **compare_int8(paths["student"], model, given, val)}
+    model = QuantizedModel.load(paths.quantized_model)
+    int8 = {**facts["calibrate"], **compare_int8(paths.student, model, given, val)}
     legs = [*image_legs(paths, state.config.run), export_leg(distill), int8_leg(int8)]
     limits = state.config.params["benchmark"].limits
     return [(leg, *leg.judge(limits)) for leg in legs]

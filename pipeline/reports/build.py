@@ -25,7 +25,7 @@ def build_report(
     return BenchmarkReport(
         schema=SCHEMA,
         run=job.run,
-        contract=load_contract(job.inputs["contract"]).sha256,
+        contract=load_contract(job.inputs.contract).sha256,
         student={
             "name": distill["student"],
             "parameters": distill["parameters"],
@@ -97,5 +97,5 @@ def _float_top1(job: Job) -> float:
     """Of the float student on the test split, whose answers the bundle holds."""
     import numpy as np
 
-    with np.load(job.outputs["bundle"] / "test.npz") as test:
+    with np.load(job.outputs.bundle / "test.npz") as test:
         return float((test["float_classes"] == test["labels"]).mean())

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.artifacts import Artifacts
     from pipeline.reports.confusion import Confusion, Decision
     from pipeline.run.manifest import Manifest
     from pipeline.teachers.ensemble import Member
@@ -92,12 +93,12 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     manifest = load_manifest(folder)
     if manifest is None or "student" not in manifest.artifacts:
         raise InputError(f"run {folder.name} has no student; `kdpipe run --to distill` makes one")
-    paths = {name: folder / artifact.path for name, artifact in manifest.artifacts.items()}
-    val = DatasetSplit.load(paths["dataset"] / "val")
-    given = StudentInput.load(paths["student_input"])
+    paths = manifest.paths(folder)
+    val = DatasetSplit.load(paths.dataset / "val")
+    given = StudentInput.load(paths.student_input)
     seed = manifest.stages["distill"].seed
     labels = np.asarray(val.labels)
-    classes = load_contract(paths["contract"]).labels
+    classes = load_contract(paths.contract).labels
 
     def row(
         group: str, name: str, logits: NDArray[np.float32], values: dict[str, float | None]
@@ -114,12 +115,12 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     student = facts["student"]
     int8 = _int8(manifest, paths)
     shape = (len(given.bands), *given.size_hw)
-    (logits,) = answers(val.images, given, reference_network(paths["student"]))
+    (logits,) = answers(val.images, given, reference_network(paths.student))
     rows.append(
-        row(group, f"{student}, distilled", logits, {**_network(paths["student"], shape), **int8})
+        row(group, f"{student}, distilled", logits, {**_network(paths.student, shape), **int8})
     )
     for baseline in facts["baselines"]:
-        path = paths["training"] / f"{baseline}.onnx"
+        path = paths.training / f"{baseline}.onnx"
         words = baseline.replace("_", " ").replace("no teacher", "without teacher")
         (logits,) = answers(val.images, given, reference_network(path))
         rows.append(row(group, f"{student}, {words}", logits, _network(path, shape)))
@@ -143,12 +144,12 @@ def _scores(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str,
 
 
 def _teachers(
-    manifest: Manifest, paths: dict[str, Path], root: Path
+    manifest: Manifest, paths: Artifacts, root: Path
 ) -> Iterator[tuple[str, NDArray[np.float32], dict[str, float | None]]]:
     """Each member, then their ensemble; costs of files that are no longer there are None."""
-    teaching = Teaching(paths["teaching"], paths["contract"])
+    teaching = Teaching(paths.teaching, paths.contract)
     ensemble, members = teaching.ensemble, teaching.val_members()
-    contract = load_contract(paths["contract"])
+    contract = load_contract(paths.contract)
     files = {
         source.path.rpartition("/")[2]: root / source.path
         for source in manifest.stages["ingest"].sources.values()
@@ -234,13 +235,13 @@ def _latency_ms(path: Path, shape: tuple[int, ...], elem_type: int) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def _int8(manifest: Manifest, paths: dict[str, Path]) -> dict[str, float | None]:
+def _int8(manifest: Manifest, paths: Artifacts) -> dict[str, float | None]:
     """What calibrate made of this student, if it did."""
-    if "quantized_model" not in paths or not paths["quantized_model"].exists():
+    if "quantized_model" not in paths or not paths.quantized_model.exists():
         return {}
     if manifest.stages["calibrate"].inputs.get("student") != manifest.artifacts["student"].sha256:
         return {}
-    files = [p for p in paths["quantized_model"].iterdir() if p.suffix == ".onnx"]
+    files = [p for p in paths.quantized_model.iterdir() if p.suffix == ".onnx"]
     return {
         "top1_int8": manifest.stages["calibrate"].facts["top1_val_int8"],
         "int8_bytes": float(sum(p.stat().st_size for p in files)) if files else None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from pipeline.artifacts import Artifacts
 from pipeline.run.digests import LISTING_SUFFIX
 from pipeline.run.errors import InputError, StageError
 from pipeline.run.files import folder_files, sync_folder
@@ -96,12 +97,13 @@ class Attempt:
             artifact = self._state.artifact(name)
             assert artifact is not None, name
             inputs[name] = self._state.folder / artifact.path
+        outputs = {n: self._partial / file for n, file in self._stage.outputs.items()}
         manifest = self._state.manifest
         job = Job(
             run=self._state.config.run,
             seed=self._state.config.seed,
-            inputs=inputs,
-            outputs={n: self._partial / file for n, file in self._stage.outputs.items()},
+            inputs=Artifacts(inputs, f"inputs of {self._name}"),
+            outputs=Artifacts(outputs, f"outputs of {self._name}"),
             sources=sources,
             facts={n: r.facts for n, r in (manifest.stages if manifest else {}).items() if r.key},
             progress=_progress,
@@ -258,8 +260,8 @@ def job_outside_a_run(state: RunState, name: str, warn: Callable[[str], None]) -
     return Job(
         run=state.config.run,
         seed=state.config.seed,
-        inputs={},
-        outputs={},
+        inputs=Artifacts({}, "inputs of work outside a run"),
+        outputs=Artifacts({}, "outputs of work outside a run"),
         sources=sources,
         facts={},
         progress=_progress,

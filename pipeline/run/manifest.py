@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from pipeline.artifacts import Artifacts
 from pipeline.run.files import write_atomically
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ class Manifest:
     def with_stage(self, name: str, record: StageRecord) -> Manifest:
         """The manifest with this record in place."""
         return replace(self, stages={**self.stages, name: record})
+
+    def paths(self, folder: Path) -> Artifacts:
+        """Where the artifacts lie, in a run folder."""
+        paths = {name: folder / artifact.path for name, artifact in self.artifacts.items()}
+        return Artifacts(paths, f"artifacts of run {self.run}")
 
     def save(self, folder: Path) -> None:
         """Replace manifest.json in the run folder, all or nothing."""

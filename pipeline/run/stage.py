@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
+    from pipeline.artifacts import Artifacts
+
 
 #: What a stage reports: numbers, words, lists and mappings that JSON can hold.
 Facts = dict[str, Any]
@@ -78,8 +80,8 @@ class Job:
 
     run: str  # name of the run
     seed: int
-    inputs: Mapping[str, Path]  # artifacts of earlier stages, verified
-    outputs: Mapping[str, Path]  # where to write; the names of `Stage.outputs`
+    inputs: Artifacts  # of earlier stages, verified: those that `Stage.inputs` names
+    outputs: Artifacts  # where to write: those that `Stage.outputs` names
     sources: Mapping[str, Path]  # the user's files, as `Stage.sources` named them
     facts: Mapping[str, Facts]  # of the earlier stages, by stage
     progress: Callable[[str, int], tqdm[Any]]  # (what, how many) -> a bar with update(n), a context

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from pipeline.artifacts import Artifacts
 from pipeline.run.digests import Digests
 from pipeline.run.environment import installed
 from pipeline.run.manifest import load_manifest
@@ -75,6 +76,13 @@ class RunState:
     def artifact(self, name: str) -> Artifact | None:
         """What the manifest says of an artifact."""
         return self.manifest.artifacts.get(name) if self.manifest else None
+
+    @property
+    def paths(self) -> Artifacts:
+        """Where the artifacts lie that the manifest names."""
+        if self.manifest is None:
+            return Artifacts({}, f"artifacts of run {self.config.run}")
+        return self.manifest.paths(self.folder)
 
     def examine(self) -> dict[str, Examination]:
         """The state of every stage, in order."""

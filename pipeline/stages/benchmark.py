@@ -25,7 +25,7 @@ def run(job: Job, params: BenchmarkParams) -> Facts:
     from pipeline.reports.report import parse_measurement
 
     legs = _parity(job)
-    bundle, folder = job.outputs["bundle"], job.outputs["benchmark_report"]
+    bundle, folder = job.outputs.bundle, job.outputs.benchmark_report
     with job.progress(
         "float student on test", job.facts["ingest"]["splits"]["test"]["patches"]
     ) as bar:
@@ -42,7 +42,7 @@ def run(job: Job, params: BenchmarkParams) -> Facts:
         there = Elsewhere(params.host, params.ssh_options, params.remote_python)
         text = run_there(there, bundle, params.words, samples, params.time_limit)
     else:
-        compiled = CompiledModel.load(job.inputs["compiled_model"])
+        compiled = CompiledModel.load(job.inputs.compiled_model)
         python = python_with_runtime(compiled.runtime)
         text = run_here(bundle, params.words, samples, params.time_limit, python)
     measurement = parse_measurement(text)

@@ -11,10 +11,11 @@ from pipeline.run.errors import InputError
 from pipeline.run.stage import Facts, Gate, Job, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     from metis.backend import QuantizedModel
+    from pipeline.artifacts import Artifacts
     from pipeline.calibration.recipe import Calibrated, Recipe
     from preprocessing.student_input import StudentInput
 
@@ -33,17 +34,17 @@ def run(job: Job, params: CalibrateParams) -> Facts:
     from pipeline.calibration.study import suggestions
     from preprocessing.student_input import StudentInput
 
-    given = StudentInput.load(job.inputs["student_input"])
+    given = StudentInput.load(job.inputs.student_input)
     described = _write_set(job, params, given)
-    samples = job.outputs["calibration_set"] / "samples.npy"
+    samples = job.outputs.calibration_set / "samples.npy"
     recipe = recipe_of(params, job.sources.get("ranges_file"))
     with job.progress("watch activations", len(np.load(samples, mmap_mode="r"))) as bar:
-        calibrated = watched(job.inputs["student"], samples, recipe, bar.update)
+        calibrated = watched(job.inputs.student, samples, recipe, bar.update)
     baked = calibrated.baked(recipe, calibrated.ranges(recipe))
-    onnx.save(baked, job.outputs["baked_student"])
+    onnx.save(baked, job.outputs.baked_student)
     facts = {"calibration": described, **_quantized(job, params, calibrated, recipe, given)}
     recipe = recipe.under(facts["scheme"])  # of several that were tried
-    calibrated.ranges(recipe).save(job.outputs["ranges"])
+    calibrated.ranges(recipe).save(job.outputs.ranges)
     facts.update(_examined(job, params, calibrated, recipe, given))
     operators = {node.op_type for node in calibrated.parts.core.graph.node}
     facts["suggestions"] = suggestions(facts, recipe, operators)
@@ -57,13 +58,13 @@ def _write_set(job: Job, params: CalibrateParams, given: StudentInput) -> dict[s
     from pipeline.data.dataset import DatasetSplit
     from preprocessing.contract import load_contract
 
-    classes = len(load_contract(job.inputs["contract"]).labels)
-    train = DatasetSplit.load(job.inputs["dataset"] / "train")
-    unfit = json.loads(job.inputs["unfit"].read_text())
+    classes = len(load_contract(job.inputs.contract).labels)
+    train = DatasetSplit.load(job.inputs.dataset / "train")
+    unfit = json.loads(job.inputs.unfit.read_text())
     choice = choose_samples(train, params.samples, classes, job.seed, unfit)
     for words in choice.warnings():
         job.warn(words)
-    folder = job.outputs["calibration_set"]
+    folder = job.outputs.calibration_set
     folder.mkdir()
     described = write_samples(folder / "samples.npy", train, choice, given, classes)
     (folder / "samples.json").write_text(json.dumps(described) + "\n")
@@ -84,27 +85,27 @@ def _quantized(
     from pipeline.data.dataset import DatasetSplit
     from pipeline.parity.logits import compare_int8
 
-    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    val = DatasetSplit.load(job.inputs.dataset / "val")
     options = SdkOptions(params.extra or {}, params.time_limit or SdkOptions.time_limit_s)
     backend = open_backend(str(params.backend), options)
 
     def quantize(scheme: str, into: Path) -> QuantizedModel:
-        calibrated.ranges(recipe.under(scheme)).save(job.outputs["ranges"])
+        calibrated.ranges(recipe.under(scheme)).save(job.outputs.ranges)
         with job.progress(f"{scheme} with {backend.name}", params.samples) as bar:
             return backend.quantize(
-                job.outputs["baked_student"],
-                job.outputs["calibration_set"] / "samples.npy",
+                job.outputs.baked_student,
+                job.outputs.calibration_set / "samples.npy",
                 into,
                 scheme=scheme,
                 progress=bar.update,
-                ranges=job.outputs["ranges"],
+                ranges=job.outputs.ranges,
             )
 
     model, figures, tried = quantize_best(
         quantize,
-        lambda model: compare_int8(job.inputs["student"], model, given, val),
+        lambda model: compare_int8(job.inputs.student, model, given, val),
         SCHEMES if params.try_schemes else (params.scheme,),
-        job.outputs["quantized_model"],
+        job.outputs.quantized_model,
     )
     facts: dict[str, Any] = {
         "backend": model.backend,
@@ -115,10 +116,10 @@ def _quantized(
         **figures,
     }
     if backend.name != "emulator":
-        calibrated.ranges(recipe.under(model.scheme)).save(job.outputs["ranges"])
-        files = job.outputs["baked_student"], job.outputs["ranges"]
+        calibrated.ranges(recipe.under(model.scheme)).save(job.outputs.ranges)
+        files = job.outputs.baked_student, job.outputs.ranges
         with emulated(*files, model.scheme) as other:
-            facts["emulator"] = compare_int8(job.inputs["student"], other, given, val)
+            facts["emulator"] = compare_int8(job.inputs.student, other, given, val)
     return facts
 
 
@@ -137,25 +138,25 @@ def _examined(
     from pipeline.networks.inference import reference_logits
     from preprocessing.apply import student_tensor
 
-    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    val = DatasetSplit.load(job.inputs.dataset / "val")
     val = val.spread(study.COMPARED)
     frames, labels = student_tensor(val.images, given), val.labels
-    exact = reference_logits(job.inputs["student"], frames)
-    samples = job.outputs["calibration_set"] / "samples.npy"
-    rounded = reference_logits(job.outputs["baked_student"], frames)
+    exact = reference_logits(job.inputs.student, frames)
+    samples = job.outputs.calibration_set / "samples.npy"
+    rounded = reference_logits(job.outputs.baked_student, frames)
     facts: dict[str, Any] = {
         # Weights and biases alone, in float: what the vendor's compiler starts from.
         "baked": {**study.figures(exact, rounded, labels), "measured_on": "host-float"},
         "host_operators": calibrated.parts.host_operators,
         "variants": study.variants(
-            calibrated, recipe, job.inputs["student"], samples, (frames, exact, labels)
+            calibrated, recipe, job.inputs.student, samples, (frames, exact, labels)
         ),
     }
     few = np.unique(np.linspace(0, len(labels) - 1, params.sensitivity).round().astype(int))
     if len(few):
         with job.progress("layers one by one", calibrated.layers) as bar:
             found = study.sensitivity(
-                job.outputs["baked_student"],
+                job.outputs.baked_student,
                 calibrated.ranges(recipe),
                 recipe.scheme,
                 frames[few],
@@ -167,7 +168,7 @@ def _examined(
 
 
 def curve(
-    inputs: Mapping[str, Path],
+    inputs: Artifacts,
     params: CalibrateParams,
     seed: int,
     sizes: Collection[int],
@@ -200,16 +201,16 @@ def curve(
     from preprocessing.contract import load_contract
     from preprocessing.student_input import StudentInput
 
-    given = StudentInput.load(inputs["student_input"])
-    train, val = (DatasetSplit.load(inputs["dataset"] / name) for name in ("train", "val"))
-    classes = len(load_contract(inputs["contract"]).labels)
-    unfit = json.loads(inputs["unfit"].read_text())
+    given = StudentInput.load(inputs.student_input)
+    train, val = (DatasetSplit.load(inputs.dataset / name) for name in ("train", "val"))
+    classes = len(load_contract(inputs.contract).labels)
+    unfit = json.loads(inputs.unfit.read_text())
     indices = choose_samples(train, max(sizes), classes, seed, unfit, "--sizes").indices
     val = val.spread(study.COMPARED)
     frames = student_tensor(val.images, given)
-    exact = reference_logits(inputs["student"], frames)
+    exact = reference_logits(inputs.student, frames)
     yield from study.curve(
-        inputs["student"],
+        inputs.student,
         lambda part: student_tensor(train.images[indices[part]], given),
         sizes,
         recipe_of(params),

@@ -25,8 +25,8 @@ def run(job: Job, params: CompileParams) -> Facts:
     from pipeline.delivery.device_pipeline import measure_device_constants, write_device_pipeline
     from preprocessing.student_input import StudentInput
 
-    model = QuantizedModel.load(job.inputs["quantized_model"])
-    given = StudentInput.load(job.inputs["student_input"])
+    model = QuantizedModel.load(job.inputs.quantized_model)
+    given = StudentInput.load(job.inputs.student_input)
     obstacle = write_device_pipeline(job, params, given, model.scheme)
     compiled = _compile(job, params, model)
     record = compiled.path / "sdk.json"
@@ -39,7 +39,7 @@ def run(job: Job, params: CompileParams) -> Facts:
         "pipeline_yaml": None if obstacle else f"{job.run}.yaml",
         "pipeline_yaml_obstacle": obstacle,
         "device_constants": None if obstacle else measure_device_constants(job, given),
-        "estimate": _estimate(job.inputs["student"], params.aipu_cores),
+        "estimate": _estimate(job.inputs.student, params.aipu_cores),
     }
 
 
@@ -56,15 +56,15 @@ def _estimate(student: Path, aipu_cores: int) -> dict[str, Any]:
 def _compile(job: Job, params: CompileParams, model: QuantizedModel) -> CompiledModel:
     """Through the backend, or by one of the SDK's other ways."""
     options = SdkOptions(extra=params.extra, time_limit_s=params.time_limit)
-    into, cores = job.outputs["compiled_model"], params.aipu_cores
+    into, cores = job.outputs.compiled_model, params.aipu_cores
     if params.backend == "emulator" or params.route == "api":
         return open_backend(params.backend, options).compile(model, into, aipu_cores=cores)
     from metis.voyager.routes import compile_with_axcompile, compile_with_deploy
 
     if params.route == "axcompile":
-        samples = job.inputs["calibration_set"] / "samples.npy"
+        samples = job.inputs.calibration_set / "samples.npy"
         return compile_with_axcompile(options, model, samples, into, aipu_cores=cores)
-    pipeline = job.outputs["device_pipeline"]
+    pipeline = job.outputs.device_pipeline
     return compile_with_deploy(options, model, pipeline, into, aipu_cores=cores)
 
 

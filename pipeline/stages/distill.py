@@ -29,20 +29,20 @@ def run(job: Job, params: DistillParams) -> Facts:
     from pipeline.training.loop import train_all
     from preprocessing.contract import load_contract
 
-    classes = len(load_contract(job.inputs["contract"]).labels)
+    classes = len(load_contract(job.inputs.contract).labels)
     tasks = {name: _task(job, params, classes, name) for name in ("student", *params.baselines)}
     if params.quantization_aware.share:
         tasks["student"] = replace(tasks["student"], params=float_part(params))
     operators = _check_operators(job, params, tasks["student"])
     found = train_all(list(tasks.values()), job.scratch.parents[1], job.progress)
-    training = job.outputs["training"]
+    training = job.outputs.training
     training.mkdir()
     facts: dict[str, Facts] = {}
     for (name, task), trained in zip(tasks.items(), found, strict=True):
         if name == "student" and params.quantization_aware.share:
             facts[name] = _last_part(job, params, task, trained)
             continue
-        onnx = job.outputs["student"] if name == "student" else training / f"{name}.onnx"
+        onnx = job.outputs.student if name == "student" else training / f"{name}.onnx"
         facts[name] = {**trained, **_exported(job, task, training, onnx, name)}
     operators["rewrites"] = facts["student"].pop("rewrites")
     return {
@@ -60,10 +60,10 @@ def _task(job: Job, params: DistillParams, classes: int, name: str) -> Task:
 
     return Task(
         params=params,
-        dataset=str(job.inputs["dataset"]),
-        teaching=str(job.inputs["teaching"]),
-        contract=str(job.inputs["contract"]),
-        student_input=str(job.inputs["student_input"]),
+        dataset=str(job.inputs.dataset),
+        teaching=str(job.inputs.teaching),
+        contract=str(job.inputs.contract),
+        student_input=str(job.inputs.student_input),
         init=str(job.sources["init"]) if params.init else None,
         classes=classes,
         seed=job.seed,
@@ -78,7 +78,7 @@ def _last_part(job: Job, params: DistillParams, before: Task, trained: Facts) ->
     from pipeline.training.loop import train_all
     from pipeline.training.quantization_aware import Start
 
-    training = job.outputs["training"]
+    training = job.outputs.training
     folded = training / "folded.onnx"
     first = {**trained, **_exported(job, before, training, folded, "float")}
     start = Start.write(before, folded, job.scratch)
@@ -88,7 +88,7 @@ def _last_part(job: Job, params: DistillParams, before: Task, trained: Facts) ->
     found = train_all(list(tasks.values()), job.scratch.parents[1], job.progress)
     facts: dict[str, Facts] = {"before": {**first, "int8": start.int8_facts(before, folded)}}
     for (name, task), trained in zip(tasks.items(), found, strict=True):
-        onnx = job.outputs["student"] if name == "after" else training / f"{name}.onnx"
+        onnx = job.outputs.student if name == "after" else training / f"{name}.onnx"
         prefix = "student" if name == "after" else name
         facts[name] = {**trained, **_exported(job, task, training, onnx, prefix)}
         facts[name]["int8"] = start.int8_facts(task, onnx)
@@ -145,7 +145,7 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
         if file.is_file():
             shutil.copyfile(file, training / f"{prefix}{file.name}")
     student = trained(task)
-    val = DatasetSplit.load(job.inputs["dataset"] / "val")
+    val = DatasetSplit.load(job.inputs.dataset / "val")
     rewrites = []
     if task.folded is None:
         proof = student_tensor(val.images[:PROOF_SAMPLES], task.given)

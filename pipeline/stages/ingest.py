@@ -118,14 +118,14 @@ def run(job: Job, params: IngestParams) -> Facts:
     facts = teach(job, params, contract, teachers, splits)
     unfit = {"elsewhere": rows_elsewhere(surveys).tolist()}
     for name, split in splits.items():
-        folder = job.outputs["test_set"] if name == "test" else job.outputs["dataset"] / name
+        folder = job.outputs.test_set if name == "test" else job.outputs.dataset / name
         outside = write_split(job, contract, student, split, folder)
         if name == "train":
             unfit["outside"] = outside
-    job.outputs["unfit"].write_text(json.dumps(unfit) + "\n")
-    shutil.copyfile(job.sources["contract"], job.outputs["contract"])
-    job.outputs["labels"].write_text("".join(f"{label}\n" for label in contract.labels))
-    job.outputs["student_input"].write_text(student.to_json())
+    job.outputs.unfit.write_text(json.dumps(unfit) + "\n")
+    shutil.copyfile(job.sources["contract"], job.outputs.contract)
+    job.outputs.labels.write_text("".join(f"{label}\n" for label in contract.labels))
+    job.outputs.student_input.write_text(student.to_json())
     synthetic = sorted({s.source.synthetic for s in splits.values() if s.source.synthetic})
     described: dict[str, dict[str, Any]] = {
         name: {
@@ -138,7 +138,7 @@ def run(job: Job, params: IngestParams) -> Facts:
     # Without a word of the test split: nothing that is made may depend on it.
     known = {name: found for name, found in described.items() if name != "test"}
     summary = {"contract": contract.sha256, "synthetic": synthetic, "splits": known}
-    (job.outputs["dataset"] / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (job.outputs.dataset / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
     return {
         "synthetic": synthetic,
         "splits": described,

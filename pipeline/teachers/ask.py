@@ -106,7 +106,7 @@ def teach(
         for teacher, found, temperature in zip(teachers, probabilities, temperatures, strict=True)
     )
     ensemble = Ensemble(members, params.combine, params.views, job.seed)
-    folder = job.outputs["teaching"]
+    folder = job.outputs.teaching
     write_ensemble(folder, params.teacher_mode, ensemble, np.stack(logits))
     if params.teacher_mode == "live":
         write_live_teachers(folder, teachers)

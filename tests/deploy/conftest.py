@@ -17,8 +17,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from metis.backend import CompiledModel, QuantizedModel, open_backend
-from pipeline.delivery.bundle import BUNDLED, assemble_bundle
-from pipeline.params.benchmark import BundleLimits
+from pipeline.artifacts import Artifacts
+from pipeline.delivery.bundle import assemble_bundle
+from pipeline.params.benchmark import BUNDLED, BundleLimits
 
 ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"
@@ -93,11 +94,11 @@ def for_metis(finished, tmp_path):
 
     def make(*, batch=1, ends=False):
         place = tmp_path / f"batch{batch}{'_ends' if ends else ''}"
-        inputs = {name: finished.artifact(name) for name in BUNDLED}
-        compiled = compile_for_stand_in(inputs["quantized_model"], place, batch, ends)
+        paths = {name: finished.artifact(name) for name in BUNDLED}
+        paths["compiled_model"] = compile_for_stand_in(paths["quantized_model"], place, batch, ends)
+        inputs = Artifacts(paths, "artifacts of a bundle")
         limits = BundleLimits(logit_steps=1.0, accuracy_loss_points=50.0)
         folder = place / "bundle"
-        inputs["compiled_model"] = compiled
         assemble_bundle(inputs, folder, golden_samples=8, limits=limits)
         return Bundle(folder)
 

@@ -80,23 +80,23 @@ class Bench:
     def read(self, job, params):
         self.does.ran.append("read")
         text = job.sources["contract"].read_text() + params.suffix
-        job.outputs["contract"].write_text(text)
+        job.outputs.contract.write_text(text)
         return {"length": len(text)}
 
     def double(self, job, params):
         self.does.ran.append("double")
         if self.does.before_double:
             self.does.before_double(job)
-        text = job.inputs["contract"].read_text() * params.times
-        job.outputs["doubled"].mkdir()
-        (job.outputs["doubled"] / "a.txt").write_text(text)
-        (job.outputs["doubled"] / "b.txt").write_text("b")
+        text = job.inputs.contract.read_text() * params.times
+        job.outputs.doubled.mkdir()
+        (job.outputs.doubled / "a.txt").write_text(text)
+        (job.outputs.doubled / "b.txt").write_text("b")
         return {"length": len(text)}
 
     def last(self, job, params):
         self.does.ran.append("last")
         assert job.facts["read"]["length"] > 0
-        job.outputs["end"].write_text("end")
+        job.outputs.end.write_text("end")
         return {}
 
     @property
@@ -265,7 +265,7 @@ def test_force_runs_what_is_fresh(bench):
 
 def fail(error):
     def before(job):
-        (job.outputs["doubled"].parent / "half.txt").write_text("half")
+        (job.outputs.doubled.parent / "half.txt").write_text("half")
         print("words of a library")
         raise error
 
