@@ -54,6 +54,13 @@ def test_no_room_is_a_warehouse():
         assert len(files) <= 13, room
 
 
+def test_every_room_has_a_line_in_the_architecture():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    said = re.findall(r"^\| `(\S+)/` \| [\w`]", page, re.MULTILINE)
+    there = [ROOT / "deploy", ROOT / "preprocessing", *rooms()]
+    assert sorted(said) == sorted(str(room.relative_to(ROOT)) for room in there)
+
+
 def test_constraints_name_packages_and_versions_only():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert lines
