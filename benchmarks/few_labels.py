@@ -54,7 +54,7 @@ class Data:
     labels: np.ndarray  # (N,)
     train: int  # the first rows; then val, then test
     val: int
-    labelled: int  # of the training rows; the others are unlabelled
+    labelled: int  # of the training rows; the others are unlabeled
     top: float  # stored value that becomes grey 255
     student: list[int]  # bands of the student
     student_size: int

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from pipeline.data.hdf5 import open_so2sat
-from pipeline.data.source import PatchSource, cached, stream
+from pipeline.data.source import PatchSource, cached
 from pipeline.data.synthetic import write_so2sat
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ def main() -> None:
             path.unlink()
     bars = {
         "one handle, a read per sample": ">= 10",
-        "shuffled blocks (stream)": ">= 15",
         "memory-mapped cache, random order": ">= 30",
         "sorted list of 128 rows on one handle": "never used",
     }
@@ -68,7 +67,6 @@ def rates(path: Path, cache: Path) -> dict[str, float]:
         "open the file per sample": lambda: open_per_sample(path, order[:SAMPLES]),
         "one handle, a read per sample": lambda: one_handle(path, order),
         "sorted list of 128 rows on one handle": lambda: sorted_lists(path, order[:SAMPLES]),
-        "shuffled blocks (stream)": lambda: streamed(source),
         "memory-mapped cache, random order": lambda: mapped(copy, order),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -104,12 +102,6 @@ def sorted_lists(path: Path, order: np.ndarray) -> int:
         for start in range(0, len(order), 128):
             file["sen2"][np.sort(order[start : start + 128])].astype(np.float32)
     return len(order)
-
-
-def streamed(source: PatchSource) -> int:
-    """What kdpipe does with a file: shuffled blocks through a buffer."""
-    rows = np.arange(PATCHES, dtype=np.int64)
-    return sum(len(patches) for _, patches in stream(source, "optical", rows, BANDS, batch=128))
 
 
 def mapped(copy: PatchSource, order: np.ndarray) -> int:

@@ -59,7 +59,7 @@ def test_live_teachers_say_for_every_view_what_was_cached(project):
     assert project.kdpipe("run", "--stage", "distill").returncode == 0  # live
 
 
-def test_unlabelled_patches_and_a_baseline(project):
+def test_unlabeled_patches_and_a_baseline(project):
     project.edit("ingest", "data", "unlabeled", to={"fraction": 0.5})
     project.edit("distill", "baselines", to=["no_teacher"])
     result = project.kdpipe("run", "--to", "distill")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.params.sources import UNLABELLED
+from pipeline.params.sources import UNLABELED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,5 +40,5 @@ class DatasetSplit:
 
 
 def class_histogram(labels: NDArray[np.int64], classes: int) -> list[int]:
-    """How many patches each class has; unlabelled ones have none."""
-    return [int(n) for n in np.bincount(labels[labels != UNLABELLED], minlength=classes)]
+    """How many patches each class has; unlabeled ones have none."""
+    return [int(n) for n in np.bincount(labels[labels != UNLABELED], minlength=classes)]

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class PatchSource:
     path: Path
     count: int
     shapes: Mapping[str, tuple[int, int, int]]  # height, width, bands of each modality
-    labels: NDArray[np.int64] | None  # class index per row; None for unlabelled patches
+    labels: NDArray[np.int64] | None  # class index per row; None for unlabeled patches
     reader: Reader
     synthetic: str = ""  # how the patches were made up, when they were
 
@@ -91,58 +91,6 @@ def common_length(path: Path, lengths: Mapping[str, int]) -> int:
         counts = ", ".join(f"{name!r} has {count}" for name, count in lengths.items())
         raise InputError(f"{path.name}: its arrays differ in length: {counts}")
     return next(iter(lengths.values()))
-
-
-def stream(
-    source: PatchSource,
-    modality: str,
-    rows: NDArray[np.int64],
-    bands: Sequence[int],
-    *,
-    batch: int,
-    block: int = 64,
-    buffer: int = 32,
-    seed: int = 0,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Batches in an order that is random enough to train on, from contiguous reads.
-
-    The rows are cut into blocks of neighbours, the blocks are shuffled, and the patches of every
-    `buffer` blocks are shuffled among themselves. How random that is: a batch of b patches comes
-    from about `buffer * (1 - (1 - 1 / buffer) ** b)` different blocks, chosen at random from the
-    whole file (64 patches from 28 of 32 blocks with the defaults); with `buffer * block >= N` the
-    order is a uniform random permutation. Memory: `buffer * block` patches, and a batch. Of blocks
-    from 4 to 128 patches those of 64 were the fastest (10 bands of 32x32, float64).
-
-    Args:
-        source: of the patches.
-        modality: which.
-        rows: ascending.
-        bands: which, in this order.
-        batch: rows per batch; the last may be shorter.
-        block: neighbours read at once.
-        buffer: blocks whose patches are mixed.
-        seed: of the order; every row appears exactly once whatever it is.
-
-    Yields:
-        The rows of a batch, (batch,), and their patches as float32, which every later computation
-        starts from.
-    """
-    random = np.random.default_rng(seed)
-    blocks = np.array_split(rows, np.arange(block, len(rows), block))
-    order = np.concatenate([blocks[number] for number in random.permutation(len(blocks))])
-    mixed = min(len(order), -(-block * buffer // batch) * batch)  # whole batches
-    height, width, _ = source.shape(modality)
-    held = np.empty((mixed, height, width, len(bands)), np.float32)
-    for start in range(0, len(order), mixed):
-        coming = order[start : start + mixed]
-        for first in range(0, len(coming), block):
-            wanted = coming[first : first + block]
-            wanted.sort()  # a short block shifts the others
-            held[first : first + len(wanted)] = source.read(modality, wanted, bands)
-        shuffled = random.permutation(len(coming))
-        for first in range(0, len(coming), batch):
-            chosen = shuffled[first : first + batch]
-            yield coming[chosen], held[chosen]
 
 
 def cached(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.data.formats import open_source
-from pipeline.params.sources import UNLABELLED
+from pipeline.params.sources import UNLABELED
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Split:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Class index of every row; UNLABELLED throughout the split of that name."""
+        """Class index of every row; UNLABELED throughout the split of that name."""
         if self.name == "unlabeled":
-            return np.full(len(self.rows), UNLABELLED, np.int64)
+            return np.full(len(self.rows), UNLABELED, np.int64)
         labels = self.source.labels
         if labels is None:
             raise InputError(f"data.{self.name}: {self.source.path.name} has no labels")

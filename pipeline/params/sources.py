@@ -15,7 +15,7 @@ from pipeline.run.stage import path_field, unkeyed_field
 Bands = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
 
 #: Stands for the class of a patch whose class nobody said.
-UNLABELLED = -1
+UNLABELED = -1
 
 SPLITS = ("train", "val", "test", "unlabeled")
 

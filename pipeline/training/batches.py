@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data.dataset import DatasetSplit
 from pipeline.data.views import take_view
-from pipeline.params.sources import UNLABELLED
+from pipeline.params.sources import UNLABELED
 from preprocessing.apply import student_tensor
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class Batch(NamedTuple):
     """One batch; the teachers' part is empty where nobody teaches."""
 
     tensor: Tensor  # float32, (N, C, H, W)
-    labels: Tensor  # int64, (N,), UNLABELLED where nobody said
+    labels: Tensor  # int64, (N,), UNLABELED where nobody said
     logits: Tensor  # float32, (N, classes) or (N, 0)
     features: list[Tensor]  # float32, (N, ...)
 
 
 class StudentBatches(Dataset[Batch]):
-    """Whole batches by view and indices: first the training split, then the unlabelled one."""
+    """Whole batches by view and indices: first the training split, then the unlabeled one."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ def loader(data: StudentBatches, sampler: Sampler[Chosen], workers: int) -> Data
 
 def class_shares(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     """Share of every class among the labelled samples, (classes,); they sum to 1."""
-    known = labels[labels != UNLABELLED]
+    known = labels[labels != UNLABELED]
     counts = np.bincount(known, minlength=classes).astype(np.float64)
     shares: NDArray[np.float64] = counts / counts.sum()
     return shares
@@ -211,10 +211,10 @@ def class_shares(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]
 def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     """Chance of every sample, (N,), that makes all classes equally frequent.
 
-    Unlabelled samples together keep the share that they have.
+    Unlabeled samples together keep the share that they have.
     """
     shares = class_shares(labels, classes)
-    known = labels != UNLABELLED
+    known = labels != UNLABELED
     weights = np.ones(len(labels))
     weights[known] = 1 / (shares[labels[known]] * (shares > 0).sum())
     return weights

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows it by
 
-from pipeline.params.sources import UNLABELLED
+from pipeline.params.sources import UNLABELED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,19 +33,19 @@ def hard_loss(
 
     Args:
         logits: (N, classes, ...).
-        labels: class indices, int64, (N, ...); what is UNLABELLED contributes nothing.
+        labels: class indices, int64, (N, ...); what is UNLABELED contributes nothing.
         label_smoothing: share of the target that is spread over all classes.
         class_weights: float32, (classes,); the mean is weighted by them.
 
     Returns:
         A scalar; 0, with gradients of 0, where nothing has a label.
     """
-    known = labels != UNLABELLED
+    known = labels != UNLABELED
     total = F.cross_entropy(
         _exact(logits),
         labels,
         weight=class_weights,
-        ignore_index=UNLABELLED,
+        ignore_index=UNLABELED,
         reduction="sum",
         label_smoothing=label_smoothing,
     )
@@ -98,7 +98,7 @@ def decoupled_loss(
     Args:
         student: logits, (N, classes).
         teacher: logits, (N, classes).
-        labels: class indices, (N,); where UNLABELLED, the teacher's first choice is the target.
+        labels: class indices, (N,); where UNLABELED, the teacher's first choice is the target.
         temperature: divides both logits; above 0.
         target_weight: the paper's alpha.
         nontarget_weight: the paper's beta.
@@ -108,7 +108,7 @@ def decoupled_loss(
         Zhao, Cui, Song, Qiu, Liang 2022, Decoupled Knowledge Distillation, equation 7.
     """
     own, other = _softened(student, teacher, temperature, standardize)
-    target = torch.where(labels == UNLABELLED, other.argmax(dim=1), labels).unsqueeze(1)
+    target = torch.where(labels == UNLABELED, other.argmax(dim=1), labels).unsqueeze(1)
     is_target = torch.zeros_like(own, dtype=torch.bool).scatter_(1, target, value=True)
     parts = []
     for logits in (own, other):

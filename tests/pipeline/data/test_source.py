@@ -5,15 +5,13 @@ import numpy as np
 import png
 import pytest
 import tifffile
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.arrays import open_npy, open_npz
 from pipeline.data.formats import open_source
 from pipeline.data.hdf5 import open_so2sat
 from pipeline.data.image_folder import open_image_folder
-from pipeline.data.source import cached, stream
+from pipeline.data.source import cached
 from pipeline.data.synthetic import write_so2sat
 from pipeline.params.sources import DataParams
 from pipeline.run.errors import InputError
@@ -265,7 +263,7 @@ def test_an_unknown_modality_is_answered_with_those_there_are(so2sat):
         source.read("radar", rows_of(0), (0,))
 
 
-# -- order and copies ----------------------------------------------------------------------------
+# -- copies ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -274,58 +272,6 @@ def numbered(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "n.npy"
     np.save(path, np.arange(5000, dtype=np.int64).reshape(-1, 1, 1, 1))
     return open_npy(path, "optical", None)
-
-
-@given(
-    count=st.integers(1, 400),
-    batch=st.integers(1, 50),
-    block=st.integers(1, 40),
-    buffer=st.integers(1, 20),
-    seed=st.integers(0, 3),
-)
-def test_a_stream_delivers_every_row_once_with_its_patch(
-    numbered, count, batch, block, buffer, seed
-):
-    rows = np.arange(0, count * 3, 3)
-    seen = []
-    for chosen, patches in stream(
-        numbered, "optical", rows, (0,), batch=batch, block=block, buffer=buffer, seed=seed
-    ):
-        assert 0 < len(chosen) <= batch
-        assert np.array_equal(patches.ravel(), chosen)
-        seen += chosen.tolist()
-    assert sorted(seen) == rows.tolist()
-
-
-def order(numbered, seed, **options):
-    rows = np.arange(5000)
-    batches = stream(numbered, "optical", rows, (0,), batch=64, seed=seed, **options)
-    return [chosen for chosen, _ in batches]
-
-
-def test_the_seed_gives_the_order(numbered):
-    assert np.array_equal(np.concatenate(order(numbered, 1)), np.concatenate(order(numbered, 1)))
-    assert not np.array_equal(
-        np.concatenate(order(numbered, 1)), np.concatenate(order(numbered, 2))
-    )
-
-
-def test_a_batch_mixes_as_many_blocks_as_the_docstring_says(numbered):
-    batches = order(numbered, 0, block=16, buffer=64)
-    blocks = [len(np.unique(chosen // 16)) for chosen in batches[: len(batches) // 2]]
-    promised = 64 * (1 - (1 - 1 / 64) ** 64)
-    assert np.mean(blocks) > 0.9 * promised
-
-
-def test_with_a_buffer_for_all_the_order_is_a_uniform_permutation(numbered):
-    places = [
-        np.argsort(np.concatenate(order(numbered, seed, block=128, buffer=64)))[:2]
-        for seed in range(60)
-    ]
-    first = np.array(places)[:, 0] / 5000
-    assert 0.38 < first.mean() < 0.62  # mean of 60 uniform draws, 3 sigma
-    apart = np.abs(np.diff(places)).ravel() / 5000
-    assert 0.24 < apart.mean() < 0.43  # two uniform draws are a third apart
 
 
 def test_a_copy_holds_the_bands_in_float32_and_is_written_once(so2sat, tmp_path):

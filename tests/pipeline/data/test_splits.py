@@ -106,7 +106,7 @@ def test_rows_of_two_files_never_overlap(tmp_path):
     assert len(splits["test"]) == 10
 
 
-def test_unlabelled_patches_can_be_opened_but_not_split(tmp_path):
+def test_unlabeled_patches_can_be_opened_but_not_split(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((60, 2, 2, 4)))
     with pytest.raises(InputError, match=r"data\.train: a\.npz has no labels; name their array"):
         opened(tmp_path)

@@ -213,7 +213,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
         fit(tmp_path, said=np.full((1, 90, 3), np.nan, np.float32))
 
 
-def test_unlabelled_patches_add_to_the_soft_loss_alone(tmp_path):
+def test_unlabeled_patches_add_to_the_soft_loss_alone(tmp_path):
     given = task(tmp_path, unlabeled=30)
     splits = {n: DatasetSplit.load(tmp_path / "dataset" / n) for n in ("train", "unlabeled")}
     teaching = Teaching(tmp_path / "teaching", tmp_path / "none")

@@ -8,7 +8,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import pearsonr, zscore
 
 from pipeline.training.losses import (
-    UNLABELLED,
+    UNLABELED,
     decayed,
     decoupled_loss,
     feature_loss,
@@ -28,7 +28,7 @@ def batches(draw):
     """Logits of a student and a teacher, (N, classes) in float64, and labels, some unknown."""
     shape = draw(st.tuples(st.integers(1, 6), st.integers(2, 6)))
     logits = hnp.arrays(np.float64, shape, elements=st.floats(-9, 9, width=32))
-    labels = hnp.arrays(np.int64, shape[:1], elements=st.integers(UNLABELLED, shape[1] - 1))
+    labels = hnp.arrays(np.int64, shape[:1], elements=st.integers(UNLABELED, shape[1] - 1))
     return draw(logits), draw(logits), draw(labels)
 
 
@@ -108,9 +108,9 @@ def test_smoothed_labels_spread_their_share_over_all_classes():
 
 def test_weights_of_classes_make_it_a_weighted_mean():
     logits, _, labels = random_batch()
-    labels[2] = UNLABELLED
+    labels[2] = UNLABELED
     weights = np.array([0.5, 1.0, 2.0, 4.0, 0.25])
-    known = labels != UNLABELLED
+    known = labels != UNLABELED
     losses = -log_softmax(logits, axis=1)[np.arange(7), labels][known]
     found = value(hard_loss, logits, labels, class_weights=torch.tensor(weights))
     assert found == pytest.approx(np.average(losses, weights=weights[labels[known]]))
@@ -121,8 +121,8 @@ def test_weights_of_classes_make_it_a_weighted_mean():
 def test_what_has_no_label_contributes_nothing(weights, smoothing):
     how = {"class_weights": weights, "label_smoothing": smoothing}
     logits, _, labels = random_batch()
-    labels[[1, 4]] = UNLABELLED
-    known = labels != UNLABELLED
+    labels[[1, 4]] = UNLABELED
+    known = labels != UNLABELED
     expected = value(hard_loss, logits[known], labels[known], **how)
     assert value(hard_loss, logits, labels, **how) == pytest.approx(expected)
     assert not gradient(hard_loss, logits, labels, **how)[~known].any()
@@ -131,7 +131,7 @@ def test_what_has_no_label_contributes_nothing(weights, smoothing):
 @pytest.mark.parametrize("weights", [None, torch.ones(5)])
 def test_a_batch_without_labels_costs_nothing_and_can_be_trained_on(weights):
     logits = torch.randn(3, 5, requires_grad=True)
-    labels = torch.full((3,), UNLABELLED)
+    labels = torch.full((3,), UNLABELED)
     loss = hard_loss(logits, labels, class_weights=weights, label_smoothing=0.1)
     loss.backward()
     assert loss.item() == 0
@@ -204,7 +204,7 @@ def test_the_decoupled_loss_is_that_of_its_paper(batch, temperature, alpha, beta
         target_weight=alpha,
         nontarget_weight=beta,
     )
-    targets = np.where(labels == UNLABELLED, teacher.argmax(axis=1), labels)
+    targets = np.where(labels == UNLABELED, teacher.argmax(axis=1), labels)
     expected = reference_decoupled(student, teacher, targets, temperature, alpha, beta)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
@@ -219,7 +219,7 @@ def test_its_weights_are_one_and_eight_by_default():
 @given(batches(), temperatures)
 def test_weighted_by_what_the_teacher_leaves_to_the_others_it_is_the_soft_loss(batch, temperature):
     for student, teacher, label in zip(*(np.split(part, len(part)) for part in batch), strict=True):
-        target = teacher.argmax() if label[0] == UNLABELLED else label[0]
+        target = teacher.argmax() if label[0] == UNLABELED else label[0]
         found = value(
             decoupled_loss,
             student,
@@ -390,7 +390,7 @@ def test_features_of_different_depth_need_an_adapter(shape):
 @every_teaching
 def test_no_gradient_flows_into_the_teacher(loss):
     student, teacher = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
-    labels = torch.tensor([0, 3, UNLABELLED])
+    labels = torch.tensor([0, 3, UNLABELED])
     for standardize in (False, True):
         loss(student, teacher, labels, temperature=2.0, standardize=standardize).backward()
     assert teacher.grad is None
@@ -428,8 +428,8 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(loss, standardiz
 def test_the_order_of_rows_and_of_classes_does_not_matter(loss, batch, temperature, random):
     student, teacher, labels = batch
     rows, classes = (random.sample(range(n), n) for n in student.shape)
-    # Of two first choices the earlier class is taken, so unlabelled ties depend on the order.
-    labels = np.where(labels == UNLABELLED, teacher.argmax(axis=1), labels)
+    # Of two first choices the earlier class is taken, so unlabeled ties depend on the order.
+    labels = np.where(labels == UNLABELED, teacher.argmax(axis=1), labels)
     expected = value(loss, student, teacher, labels, temperature=temperature)
     found = value(
         loss,
@@ -446,7 +446,7 @@ def test_the_order_of_rows_and_of_classes_does_not_matter(loss, batch, temperatu
 def test_nor_does_it_for_the_hard_loss(batch, random):
     student, _, labels = batch
     rows, classes = (random.sample(range(n), n) for n in student.shape)
-    renamed = np.where(labels == UNLABELLED, UNLABELLED, np.argsort(classes)[labels])
+    renamed = np.where(labels == UNLABELED, UNLABELED, np.argsort(classes)[labels])
     for smoothing in (0.0, 0.1):
         expected = value(hard_loss, student, labels, label_smoothing=smoothing)
         moved = value(
@@ -493,7 +493,7 @@ def test_every_position_of_a_map_counts_like_a_row(batch, height, width):
 def test_maps_of_logits_are_rows_with_classes_in_the_second_place(standardize):
     random = np.random.default_rng(0)
     student, teacher = random.normal(size=(2, 2, 4, 3, 5))
-    labels = random.integers(UNLABELLED, 4, (2, 3, 5))
+    labels = random.integers(UNLABELED, 4, (2, 3, 5))
     rows = [np.moveaxis(part, 1, -1).reshape(-1, 4) for part in (student, teacher)]
     assert value(hard_loss, student, labels) == pytest.approx(
         value(hard_loss, rows[0], labels.ravel())
