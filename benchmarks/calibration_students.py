@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 
 from metis.backend import QuantizedModel
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import StudentData
 from pipeline.parity.logits import compare_int8
 from pipeline.run.manifest import load_manifest
-from preprocessing.student_input import StudentInput
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "landsat"
@@ -74,10 +73,11 @@ def _measured(project: Path, student: str) -> dict[str, float]:
         sys.exit(f"{student}: {done.stderr}")
     manifest = load_manifest(project / "runs" / student)
     assert manifest is not None
-    paths = {n: project / "runs" / student / a.path for n, a in manifest.artifacts.items()}
+    paths = manifest.paths(project / "runs" / student)
+    data = StudentData(paths)
     return compare_int8(
-        paths["student"],
-        QuantizedModel.load(paths["quantized_model"]),
-        StudentInput.load(paths["student_input"]),
-        DatasetSplit.load(paths["test_set"]),
+        paths.student,
+        QuantizedModel.load(paths.quantized_model),
+        data,
+        data.test,
     )

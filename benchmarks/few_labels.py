@@ -34,13 +34,11 @@ from scipy import stats
 from timm.models.densenet import DenseNet
 from torch import nn
 
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import StudentData
 from pipeline.data.synthetic import write_so2sat
 from pipeline.networks.inference import reference_logits
 from pipeline.run.manifest import load_manifest
 from pipeline.tasks.metrics import top1
-from preprocessing.apply import student_tensor
-from preprocessing.student_input import StudentInput
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
 LANDSAT = Path(__file__).parents[1] / "examples" / "landsat" / "landsat_satellite.npz"
@@ -283,13 +281,13 @@ def one_seed(root: Path, data: Data, few: bool, seed: int) -> tuple[float, float
         sys.exit(f"{run}: {done.stderr}")
     manifest = load_manifest(root / "runs" / run)
     assert manifest is not None
-    paths = {n: root / "runs" / run / a.path for n, a in manifest.artifacts.items()}
-    given = StudentInput.load(paths["student_input"])
-    test = DatasetSplit.load(paths["test_set"])
-    tensors = student_tensor(test.images, given)
+    paths = manifest.paths(root / "runs" / run)
+    data = StudentData(paths)
+    test = data.test
+    tensors = data.tensors(test)
     baseline, student = (
         top1(reference_logits(path, tensors), test.labels)
-        for path in (paths["training"] / "no_teacher.onnx", paths["student"])
+        for path in (paths.training / "no_teacher.onnx", paths.student)
     )
     return manifest.stages["ingest"].facts["teachers"]["top1_val"], baseline, student
 

@@ -23,19 +23,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metis.voyager.pipeline_reader import Pipeline, PipelineError
-from pipeline.artifacts import Artifacts
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import StudentData
 from pipeline.networks.inference import reference_logits
 from pipeline.params.benchmark import Limits
 from pipeline.parity.images import image_legs
 from pipeline.run.manifest import load_manifest
-from preprocessing.apply import student_tensor
-from preprocessing.contract import load_contract
 from preprocessing.images import class_folders, read_png, write_png
-from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pipeline.artifacts import Artifacts
 
 LIMITS = Limits(1.0, 1e-5, 1e-3, 1.0)
 
@@ -130,7 +128,7 @@ def main() -> None:
     manifest = load_manifest(run)
     if manifest is None or "device_pipeline" not in manifest.artifacts:
         sys.exit(f"{run} is not compiled; kdpipe run --to compile does that")
-    artifacts = {name: run / artifact.path for name, artifact in manifest.artifacts.items()}
+    artifacts = manifest.paths(run)
     found = {"parity": 0, "class": 0, "logits": 0}
     honest = look(artifacts, manifest.run, None)
     assert honest == (False, False, False), f"the run itself differs: {honest}"
@@ -147,15 +145,14 @@ def main() -> None:
 
 
 def look(
-    artifacts: dict[str, Path], run: str, plant: Callable[[Place], None] | None
+    artifacts: Artifacts, run: str, plant: Callable[[Place], None] | None
 ) -> tuple[bool, bool, bool]:
     """Whether parity, the winning class of one image, and its logits notice an error."""
-    given = StudentInput.load(artifacts["student_input"])
-    labels = class_folders(load_contract(artifacts["contract"]).labels)
-    val = DatasetSplit.load(artifacts["dataset"] / "val")
+    data = StudentData(artifacts)
+    labels, val = class_folders(data.labels), data.val
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "device_pipeline"
-        shutil.copytree(artifacts["device_pipeline"], copy)
+        shutil.copytree(artifacts.device_pipeline, copy)
         root = copy / f"{run}-images" / "val"
         images = [
             root / labels[label] / f"row{row}.png"
@@ -164,14 +161,14 @@ def look(
         place = Place(copy / f"{run}.yaml", images)
         if plant is not None:
             plant(place)
-        legs = image_legs(Artifacts({**artifacts, "device_pipeline": copy}, "artifacts"), run)
+        legs = image_legs(data, copy, run)
         by_parity = any(leg.judge(LIMITS)[1] is False for leg in legs)
-        trained = reference_logits(artifacts["student"], student_tensor(val.images[:1], given))
+        trained = reference_logits(artifacts.student, data.tensors(val, slice(1)))
         try:
             tensor = Pipeline(place.yaml.read_text()).tensor(read_png(images[0])[None])
         except PipelineError:
             return by_parity, True, True
-        deployed = reference_logits(artifacts["student"], tensor)
+        deployed = reference_logits(artifacts.student, tensor)
     other_class = bool(trained.argmax() != deployed.argmax())
     far = float(np.abs(trained - deployed).max()) > CLOSE * float(np.ptp(trained))
     return by_parity, other_class, far

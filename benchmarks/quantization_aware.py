@@ -29,13 +29,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.calibration.samples import choose_samples
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import StudentData
 from pipeline.networks.inference import reference_logits
 from pipeline.run.manifest import load_manifest
 from pipeline.tasks.metrics import paired_difference
 from pipeline.training.quantization_aware import emulated_logits
-from preprocessing.apply import student_tensor
-from preprocessing.student_input import StudentInput
 
 #: Images that calibrate sees by default.
 SAMPLES = 200
@@ -124,17 +122,16 @@ def one_seed(root: Path, data: Data, seed: int) -> dict[str, Right]:
     folder = root / "runs" / f"seed{seed}"
     manifest = load_manifest(folder)
     assert manifest is not None
-    paths = {name: folder / artifact.path for name, artifact in manifest.artifacts.items()}
-    given = StudentInput.load(paths["student_input"])
-    train = DatasetSplit.load(paths["dataset"] / "train")
-    test = DatasetSplit.load(paths["test_set"])
-    chosen = choose_samples(train, SAMPLES, int(data.labels.max()) + 1, seed).indices
-    np.save(folder / "samples.npy", student_tensor(train.images[chosen], given)[:, None])
-    frames = student_tensor(test.images, given)
+    paths = manifest.paths(folder)
+    run = StudentData(paths)
+    test = run.test
+    chosen = choose_samples(run.train, SAMPLES, int(data.labels.max()) + 1, seed).indices
+    np.save(folder / "samples.npy", run.tensors(run.train, chosen)[:, None])
+    frames = run.tensors(test)
     networks = {
-        "before": paths["training"] / "folded.onnx",
-        "after": paths["student"],
-        "control": paths["training"] / "control.onnx",
+        "before": paths.training / "folded.onnx",
+        "after": paths.student,
+        "control": paths.training / "control.onnx",
     }
 
     def right(network: Path) -> Right:

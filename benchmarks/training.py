@@ -29,15 +29,13 @@ import yaml
 from timm.models.densenet import DenseNet
 from tqdm import tqdm
 
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import StudentData
 from pipeline.data.synthetic import write_so2sat
 from pipeline.run.config import load_config
 from pipeline.run.manifest import load_manifest
 from pipeline.stages import load_stages
 from pipeline.training.loop import train
 from pipeline.training.task import Task
-from preprocessing.apply import student_tensor
-from preprocessing.contract import load_contract
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
 PATCHES = 2048
@@ -173,16 +171,16 @@ def last_task(root: Path) -> Task:
     folder = root / "runs" / f"cached-{STUDENTS['tiny CNN']}-small-{PATCHES}"
     manifest = load_manifest(folder)
     assert manifest is not None
-    paths = {name: folder / artifact.path for name, artifact in manifest.artifacts.items()}
+    paths = manifest.paths(folder)
     params = load_config(root / "kdpipe.yaml", load_stages()).params["distill"]
     return Task(
         params=params,
-        dataset=str(paths["dataset"]),
-        teaching=str(paths["teaching"]),
-        contract=str(paths["contract"]),
-        student_input=str(paths["student_input"]),
+        dataset=str(paths.dataset),
+        teaching=str(paths.teaching),
+        contract=str(paths.contract),
+        student_input=str(paths.student_input),
         init=None,
-        classes=len(load_contract(paths["contract"]).labels),
+        classes=StudentData(paths).classes,
         seed=0,
         taught=True,
         folder=str(root / "scratch"),
@@ -203,8 +201,8 @@ def epoch_seconds(task: Task) -> float:
 
 def bare_epoch_seconds(task: Task) -> float:
     """The same network, batches, optimizer and losses in the shortest loop there is, validated."""
-    splits = [DatasetSplit.load(Path(task.dataset) / name) for name in ("train", "val")]
-    tensors, val = (torch.from_numpy(student_tensor(s.images, task.given)) for s in splits)
+    splits = [task.data.train, task.data.val]
+    tensors, val = (torch.from_numpy(task.data.tensors(split)) for split in splits)
     labels = torch.from_numpy(np.array(splits[0].labels))
     teacher = torch.from_numpy(np.load(Path(task.teaching) / "train-logits.npy")[0])
     network = timm.create_model(task.params.student, num_classes=task.classes, in_chans=3).train()

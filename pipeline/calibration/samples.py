@@ -10,7 +10,6 @@ import numpy as np
 
 from pipeline.data.dataset import class_histogram
 from pipeline.run.errors import InputError
-from preprocessing.apply import student_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.data.dataset import DatasetSplit
-    from preprocessing.student_input import StudentInput
+    from pipeline.data.dataset import DatasetSplit, StudentData
 
 
 #: What ingest finds unfit, by its keys in the artifact `unfit`: train's patches that ...
@@ -125,28 +123,26 @@ def _shares(sizes: list[int], count: int) -> list[int]:
     return shares
 
 
-def write_samples(
-    path: Path, train: DatasetSplit, choice: Choice, given: StudentInput, classes: int
-) -> dict[str, Any]:
+def write_samples(path: Path, data: StudentData, choice: Choice) -> dict[str, Any]:
     """Write samples.npy, float32 (N, 1, C, H, W), block by block; describe it.
 
     Returns:
         Split, number, class histogram, how many patches were left out and why, rows in order, and
         the digest of the tensors' bytes.
     """
-    indices = choice.indices
-    shape = (len(indices), 1, len(given.bands), *given.size_hw)
+    train, indices = data.train, choice.indices
+    shape = (len(indices), 1, len(data.student_input.bands), *data.student_input.size_hw)
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     digest = sha256()
     for start in range(0, len(indices), _BLOCK):
-        block = student_tensor(train.images[indices[start : start + _BLOCK]], given)
+        block = data.tensors(train, indices[start : start + _BLOCK])
         file[start : start + len(block), 0] = block
         digest.update(np.ascontiguousarray(block).tobytes())
     file.flush()
     return {
         "split": "train",
         "samples": len(indices),
-        "classes": class_histogram(train.labels[indices], classes),
+        "classes": class_histogram(train.labels[indices], data.classes),
         "left_out": {words: len(rows) for words, rows in choice.left_out.items()},
         "rows": train.rows[indices].tolist(),
         "sha256": digest.hexdigest(),

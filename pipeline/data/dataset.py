@@ -1,18 +1,30 @@
-"""A split as ingest stored it: the 8-bit images that later stages read."""
+"""What ingest made for the later stages: contract, student input, splits of 8-bit images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.params.sources import UNLABELED
+from preprocessing.apply import student_tensor
+from preprocessing.contract import load_contract
+from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from pipeline.artifacts import Artifacts
+    from preprocessing.contract import Contract
+
+
+#: Tensors made at a time: 300 MB of RGB at 224x224.
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,10 @@ class DatasetSplit:
     images: NDArray[np.uint8]  # (N, H, W, channels), as the device receives them
     labels: NDArray[np.int64]  # (N,)
     rows: NDArray[np.int64]  # (N,), row in the source
+
+    def __len__(self) -> int:
+        """Number of patches."""
+        return len(self.labels)
 
     @staticmethod
     def load(folder: Path) -> DatasetSplit:
@@ -34,9 +50,90 @@ class DatasetSplit:
 
     def spread(self, count: int) -> DatasetSplit:
         """At most `count` patches of it, evenly spaced, in memory."""
-        last = len(self.labels) - 1
-        chosen = np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int))
-        return DatasetSplit(self.images[chosen], self.labels[chosen], self.rows[chosen])
+        last = len(self) - 1
+        rows = np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int))
+        return DatasetSplit(self.images[rows], self.labels[rows], self.rows[rows])
+
+
+@dataclass(frozen=True)
+class StudentData:
+    """The data of a student: what it sees, what its classes are, and its splits.
+
+    A part is read when it is first asked for, and only once; images and labels stay on disk.
+    """
+
+    artifacts: Artifacts  # of a run
+
+    @cached_property
+    def contract(self) -> Contract:
+        """The preprocessing contract.
+
+        Raises:
+            ContractError: see `load_contract`.
+        """
+        return load_contract(self.artifacts.contract)
+
+    @cached_property
+    def student_input(self) -> StudentInput:
+        """Which part of the contract the student sees.
+
+        Raises:
+            ContractError: see `StudentInput.load`.
+        """
+        return StudentInput.load(self.artifacts.student_input)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Name of every class."""
+        return self.contract.labels
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.labels)
+
+    @cached_property
+    def train(self) -> DatasetSplit:
+        """The training split."""
+        return DatasetSplit.load(self.artifacts.dataset / "train")
+
+    @cached_property
+    def val(self) -> DatasetSplit:
+        """The validation split."""
+        return DatasetSplit.load(self.artifacts.dataset / "val")
+
+    @cached_property
+    def unlabeled(self) -> DatasetSplit | None:
+        """Patches without labels, if the run has any."""
+        folder = self.artifacts.dataset / "unlabeled"
+        return DatasetSplit.load(folder) if folder.exists() else None
+
+    @cached_property
+    def test(self) -> DatasetSplit:
+        """The test split, an artifact of its own: no stage reads it before benchmark."""
+        return DatasetSplit.load(self.artifacts.test_set)
+
+    def tensors(
+        self, split: DatasetSplit, rows: slice | NDArray[np.integer] = slice(None)
+    ) -> NDArray[np.float32]:
+        """What the student sees of some patches.
+
+        Args:
+            split: any.
+            rows: positions in the split.
+
+        Returns:
+            float32, (n, C, H, W), in standard deviations.
+        """
+        return student_tensor(split.images[rows], self.student_input)
+
+    def blocks(
+        self, split: DatasetSplit, size: int = BLOCK
+    ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """A split in order, never in memory all at once: positions, and their `tensors`."""
+        for start in range(0, len(split), size):
+            rows = slice(start, min(start + size, len(split)))
+            yield rows, self.tensors(split, rows)
 
 
 def class_histogram(labels: NDArray[np.int64], classes: int) -> list[int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.artifacts import Artifacts
+    from pipeline.data.dataset import StudentData
     from pipeline.run.state import RunState
 
 
@@ -42,14 +43,15 @@ def assemble_bundle(
     The same artifacts give the same bytes.
 
     Args:
-        inputs: the artifacts of `BUNDLED`, verified.
+        inputs: the artifacts of `pipeline.params.benchmark.BUNDLED`, verified.
         into: folder to fill, or to make.
         golden_samples: validation images that prove the bundle where it runs.
         limits: what kdbench accepts there.
         progress: called with the number of test images that the float student has just answered.
     """
-    from preprocessing.contract import load_contract
+    from pipeline.data.dataset import StudentData
 
+    data = StudentData(inputs)
     compiled = CompiledModel.load(inputs.compiled_model)
     into.mkdir(exist_ok=True)
     shutil.copytree(compiled.path, into / "model")
@@ -57,8 +59,8 @@ def assemble_bundle(
         shutil.copyfile(inputs[name], into / inputs[name].name)
     for yaml in inputs.device_pipeline.glob("*.yaml"):
         shutil.copyfile(yaml, into / "pipeline.yaml")
-    _save_arrays(into / "golden.npz", _golden(inputs, golden_samples))
-    _save_arrays(into / "test.npz", _test(inputs, progress))
+    _save_arrays(into / "golden.npz", _golden(inputs, data, golden_samples))
+    _save_arrays(into / "test.npz", _test(inputs, data, progress))
     package = Path(__file__).resolve().parents[2] / "preprocessing"
     (into / "preprocessing").mkdir()
     for module in sorted(package.glob("*.py")):
@@ -73,7 +75,7 @@ def assemble_bundle(
     model = {name: digest for name, digest in files.items() if name.startswith("model/")}
     index = {
         "schema": SCHEMA,
-        "contract": load_contract(inputs.contract).sha256,
+        "contract": data.contract.sha256,
         "runtime": compiled.runtime,
         "backend": f"{compiled.backend} {compiled.version}",
         "aipu_cores": compiled.aipu_cores,
@@ -111,38 +113,30 @@ def write_whole(state: RunState, dest: Path) -> int:
     return sum(1 for _ in folder_files(dest))
 
 
-def _golden(inputs: Artifacts, count: int) -> dict[str, NDArray[np.generic]]:
+def _golden(inputs: Artifacts, data: StudentData, count: int) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), tensors (float32, NCHW), logits (float32, of the int8 host model)."""
-    from pipeline.data.dataset import DatasetSplit
-    from preprocessing.apply import student_tensor
-    from preprocessing.student_input import StudentInput
-
-    images = DatasetSplit.load(inputs.dataset / "val").spread(count).images
-    tensors = student_tensor(images, StudentInput.load(inputs.student_input))
+    golden = data.val.spread(count)
+    tensors = data.tensors(golden)
     quantized = QuantizedModel.load(inputs.quantized_model)
     logits = open_backend(quantized.backend).infer(quantized, tensors)
-    return {"images": images, "tensors": tensors, "logits": logits}
+    return {"images": golden.images, "tensors": tensors, "logits": logits}
 
 
-def _test(inputs: Artifacts, progress: Callable[[int], object]) -> dict[str, NDArray[np.generic]]:
+def _test(
+    inputs: Artifacts, data: StudentData, progress: Callable[[int], object]
+) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), labels (int64), float_classes (int64, of the float student)."""
     import numpy as np
 
-    from pipeline.data.dataset import DatasetSplit
     from pipeline.networks.inference import reference_logits
-    from preprocessing.apply import student_tensor
-    from preprocessing.student_input import StudentInput
 
-    given = StudentInput.load(inputs.student_input)
-    test = DatasetSplit.load(inputs.test_set)
     classes = []
-    for start in range(0, len(test.labels), 256):
-        tensors = student_tensor(test.images[start : start + 256], given)
+    for _, tensors in data.blocks(data.test, 256):
         classes.append(reference_logits(inputs.student, tensors).argmax(1))
         progress(len(tensors))
     return {
-        "images": test.images,
-        "labels": test.labels,
+        "images": data.test.images,
+        "labels": data.test.labels,
         "float_classes": np.concatenate(classes).astype(np.int64),
     }
 

@@ -15,14 +15,12 @@ from pipeline.run.stage import Job
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from preprocessing.contract import Contract
-    from preprocessing.student_input import StudentInput
+    from pipeline.data.dataset import StudentData
 
 
-def write_device_pipeline(job: Job, params: CompileParams, given: StudentInput, scheme: str) -> str:
+def write_device_pipeline(job: Job, params: CompileParams, data: StudentData, scheme: str) -> str:
     """YAML, student and images for the SDK's own scripts; or why there are none."""
-    from preprocessing.contract import load_contract
-
+    given = data.student_input
     obstacle = yaml_obstacle(given)
     folder = job.outputs.device_pipeline
     folder.mkdir()
@@ -30,10 +28,9 @@ def write_device_pipeline(job: Job, params: CompileParams, given: StudentInput, 
         job.warn(f"no Voyager pipeline YAML: {obstacle}")
         (folder / "no-pipeline-yaml.txt").write_text(f"{obstacle}\n")
         return obstacle
-    contract = load_contract(job.inputs.contract)
     pipeline = DevicePipeline(
         name=job.run,
-        labels=len(contract.labels),
+        labels=data.classes,
         weight_path="student.onnx",
         dataset=f"{job.run}-images",
         scheme=scheme,
@@ -43,16 +40,16 @@ def write_device_pipeline(job: Job, params: CompileParams, given: StudentInput, 
     )
     (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
     shutil.copyfile(job.inputs.baked_student, folder / pipeline.weight_path)
-    _write_images(job, contract, given, folder / pipeline.dataset)
+    _write_images(job, data, folder / pipeline.dataset)
     return ""
 
 
-def measure_device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
+def measure_device_constants(job: Job, data: StudentData) -> dict[str, Any]:
     """What the device pipe's three decimals do to mean and std, and to top-1."""
-    from pipeline.data.dataset import DatasetSplit
     from pipeline.networks.inference import answers, reference_network
     from pipeline.tasks.metrics import agreement, top1
 
+    given = data.student_input
     errors = [constant_error(m, s) for m, s in zip(given.mean, given.std, strict=True)]
     channels = [
         {"band": band, **asdict(error)} for band, error in zip(given.bands, errors, strict=True)
@@ -61,7 +58,7 @@ def measure_device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
     if len(worst) < len(errors):  # a std vanishes: there is nothing to run
         return {"channels": channels, "worst": None}
     result: dict[str, Any] = {"channels": channels, "worst": max(worst)}
-    val = DatasetSplit.load(job.inputs.dataset / "val").spread(2000)
+    val = data.val.spread(2000)
     kept = replace(
         given,
         mean=tuple(e.mean_kept for e in errors),
@@ -76,29 +73,27 @@ def measure_device_constants(job: Job, given: StudentInput) -> dict[str, Any]:
     return result
 
 
-def _write_images(job: Job, contract: Contract, given: StudentInput, folder: Path) -> None:
+def _write_images(job: Job, data: StudentData, folder: Path) -> None:
     """Calibration images in calibration order, validation images in class folders, labels."""
     import numpy as np
 
-    from pipeline.data.dataset import DatasetSplit
     from preprocessing.apply import exported_images
     from preprocessing.images import class_folders, write_in_order, write_png
 
     samples = json.loads((job.inputs.calibration_set / "samples.json").read_text())
-    train = DatasetSplit.load(job.inputs.dataset / "train")
+    given, train, val = data.student_input, data.train, data.val
     chosen = np.searchsorted(train.rows, samples["rows"])
     write_in_order(
         (exported_images(train.images[i : i + 1], given)[0] for i in chosen),
         folder / "calibration",
         len(chosen),
     )
-    val = DatasetSplit.load(job.inputs.dataset / "val")
-    names = class_folders(contract.labels)
+    names = class_folders(data.labels)
     for label, name in enumerate(names):  # the SDK's reader takes positions for class indices
         (folder / "val" / name).mkdir(parents=True)
         if not (val.labels == label).any():
             job.warn(
-                f"no validation patch of class {contract.labels[label]!r}: the SDK's image-folder "
+                f"no validation patch of class {data.labels[label]!r}: the SDK's image-folder "
                 f"reader may refuse its empty folder {name}"
             )
     with job.progress("images val", len(val.labels)) as bar:

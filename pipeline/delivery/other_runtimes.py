@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import StudentData
 from pipeline.networks.inference import answers, reference_network
 from pipeline.run.errors import StageError, require_extra
 from pipeline.run.files import new_folder
 from pipeline.tasks.metrics import agreement, top1, undisputed_agreement
 from pipeline.training.task import trained_student
-from preprocessing.contract import load_contract
-from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -95,14 +93,13 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
     for how in wanted.values():
         require_extra(*how.needs)
     paths = state.paths
-    given = StudentInput.load(paths.student_input)
-    val = DatasetSplit.load(paths.dataset / "val")
+    data = StudentData(paths)
+    given, val = data.student_input, data.val
     params = state.config.params["distill"]
-    classes = len(load_contract(paths.contract).labels)
     weights = paths.training / "student.safetensors"
     source = _Source(
         paths.student,
-        partial(trained_student, params, weights, given, classes),
+        partial(trained_student, params, weights, data),
         (1, len(given.bands), *given.size_hw),
     )
     limit = state.config.params["benchmark"].limits.max_export_difference

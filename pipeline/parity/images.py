@@ -9,10 +9,9 @@ import numpy as np
 
 from metis.voyager.pipeline_reader import Pipeline, PipelineError, pipeline_differences
 from metis.voyager.pipeline_yaml import yaml_obstacle
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import DatasetSplit, StudentData
 from pipeline.parity.legs import Leg
 from preprocessing.apply import normalized, student_tensor
-from preprocessing.contract import load_contract
 from preprocessing.images import class_folders, read_png
 from preprocessing.student_input import StudentInput, linear_encoding
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.artifacts import Artifacts
     from preprocessing.contract import Contract
 
 
@@ -34,12 +32,16 @@ _BLOCK = 64
 
 
 def image_legs(
-    artifacts: Artifacts, run: str, progress: Callable[[int], object] = lambda n: None
+    data: StudentData,
+    device_pipeline: Path,
+    run: str,
+    progress: Callable[[int], object] = lambda n: None,
 ) -> list[Leg]:
     """Training tensor against the exported PNG files, read back by two independent ways.
 
     Args:
-        artifacts: contract, student_input, dataset, device_pipeline.
+        data: of the run.
+        device_pipeline: folder of the artifact.
         run: name of the run, which the pipeline YAML is called by.
         progress: called with the number of images just compared.
 
@@ -51,22 +53,19 @@ def image_legs(
         "png": "tensor from the exported PNG, by preprocessing/ alone",
         "yaml": "tensor from the exported PNG, by doing what the YAML says",
     }
-    given = StudentInput.load(artifacts.student_input)
+    given = data.student_input
     if obstacle := yaml_obstacle(given):
         return [Leg(name, source, to, 0, obstacle=obstacle) for name, to in targets.items()]
-    contract = load_contract(artifacts.contract)
-    folder = artifacts.device_pipeline / f"{run}-images" / "val"
-    val = DatasetSplit.load(artifacts.dataset / "val").spread(SAMPLES)
-    promised, fields = _by_contract(given, contract)
-    pipeline, yaml_fields = _read_pipeline(artifacts.device_pipeline / f"{run}.yaml", given)
+    folder = device_pipeline / f"{run}-images" / "val"
+    val = data.val.spread(SAMPLES)
+    promised, fields = _by_contract(given, data.contract)
+    pipeline, yaml_fields = _read_pipeline(device_pipeline / f"{run}.yaml", given)
     by_png = _Found(fields)
     by_yaml = _Found(yaml_fields, None if pipeline is None else 0.0)
     read_back = student_tensor if given.device_resize else normalized
-    for start in range(0, len(val.labels), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        trained = student_tensor(val.images[part], given)
+    for part, trained in data.blocks(val, _BLOCK):
         try:
-            images = _exported(folder, class_folders(contract.labels), val, part, given)
+            images = _exported(folder, class_folders(data.labels), val, part, given)
         except _ImageError as error:
             by_png.give_up(str(error))
             by_yaml.give_up(str(error))
@@ -82,7 +81,7 @@ def image_legs(
     # Where nothing is resized bilinear there is nothing that two implementations could round apart.
     bilinear = given.device_resize and given.interpolation == "bilinear"
     grey_level = 1 / min(given.std) if bilinear else 0.0
-    n = len(val.labels)
+    n = len(val)
     return [
         Leg("png", source, targets["png"], n, {**by_png.values(), "grey_level": grey_level}),
         Leg("yaml", source, targets["yaml"], n, by_yaml.values()),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metis.backend import QuantizedModel, open_backend
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import DatasetSplit, StudentData
 from pipeline.networks.inference import answers, reference_network
 from pipeline.tasks.metrics import (
     agreement,
@@ -19,7 +19,6 @@ from pipeline.tasks.metrics import (
     undisputed_agreement,
 )
 from pipeline.training.task import trained_student
-from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,28 +30,24 @@ if TYPE_CHECKING:
 
 
 def export_values(
-    params: DistillParams,
-    weights: Path,
-    given: StudentInput,
-    classes: int,
-    onnx: Path,
-    val: DatasetSplit,
+    params: DistillParams, weights: Path, data: StudentData, onnx: Path
 ) -> dict[str, float]:
-    """Torch student against ONNX student, computed anew; needs the extra `train`.
+    """Torch student against ONNX student on validation; needs the extra `train`.
 
     Args:
         params: see `trained_student`.
         weights: see there.
-        given: the student's input.
-        classes: number of classes.
+        data: of the run.
         onnx: the exported student.
-        val: the patches.
     """
     from pipeline.networks.export import torch_logits
 
-    network = trained_student(params, weights, given, classes)
+    network = trained_student(params, weights, data)
     by_torch, by_onnx = answers(
-        val.images, given, partial(torch_logits, network), reference_network(onnx)
+        data.val.images,
+        data.student_input,
+        partial(torch_logits, network),
+        reference_network(onnx),
     )
     return compare_export(by_torch, by_onnx)
 
@@ -67,19 +62,19 @@ def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) 
 
 
 def compare_int8(
-    onnx: Path, model: QuantizedModel, given: StudentInput, val: DatasetSplit
+    onnx: Path, model: QuantizedModel, data: StudentData, split: DatasetSplit
 ) -> dict[str, Any]:
     """The float student against its int8 model on the host, on some patches."""
     infer = partial(open_backend(model.backend).infer, model)
-    exact, int8 = answers(val.images, given, reference_network(onnx), infer)
+    exact, int8 = answers(split.images, data.student_input, reference_network(onnx), infer)
     loss, interval = paired_difference(
-        exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
+        exact.argmax(axis=1) == split.labels, int8.argmax(axis=1) == split.labels
     )
     angles = cosines(exact, int8)
     return {
-        "n_val": len(val.labels),
-        "top1_val_float": top1(exact, val.labels),
-        "top1_val_int8": top1(int8, val.labels),
+        "n_val": len(split.labels),
+        "top1_val_float": top1(exact, split.labels),
+        "top1_val_int8": top1(int8, split.labels),
         "measured_on": "host-emulation",
         "top1_agreement": agreement(exact, int8),
         "logits_cosine_mean": float(angles.mean()),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.parity.legs import export_leg, int8_leg
 from pipeline.run.errors import InputError
-from preprocessing.contract import load_contract
 
 if TYPE_CHECKING:
     from pipeline.parity.legs import Leg
@@ -24,10 +23,9 @@ def verify_parity(state: RunState) -> list[tuple[Leg, str, bool | None]]:
         InputError: a stage that makes what is compared did not run yet.
     """
     from metis.backend import QuantizedModel
-    from pipeline.data.dataset import DatasetSplit
+    from pipeline.data.dataset import StudentData
     from pipeline.parity.images import image_legs
     from pipeline.parity.logits import compare_int8, export_values
-    from preprocessing.student_input import StudentInput
 
     needed = {"distill": "student", "calibrate": "quantized_model", "compile": "device_pipeline"}
     for stage, artifact in needed.items():
@@ -38,18 +36,21 @@ def verify_parity(state: RunState) -> list[tuple[Leg, str, bool | None]]:
             )
     paths = state.paths
     assert state.manifest is not None
+    paths = state.paths
+    data = StudentData(paths)
     facts = {name: record.facts for name, record in state.manifest.stages.items()}
-    given = StudentInput.load(paths.student_input)
-    val = DatasetSplit.load(paths.dataset / "val")
     distill = facts["distill"]
     if find_spec("torch") and find_spec("timm"):
-        classes = len(load_contract(paths.contract).labels)
         weights = paths.training / "student.safetensors"
         params = state.config.params["distill"]
-        values = export_values(params, weights, given, classes, paths.student, val)
+        values = export_values(params, weights, data, paths.student)
         distill = {**distill, "export": values}
     model = QuantizedModel.load(paths.quantized_model)
-    int8 = {**facts["calibrate"], **compare_int8(paths.student, model, given, val)}
-    legs = [*image_legs(paths, state.config.run), export_leg(distill), int8_leg(int8)]
+    int8 = {**facts["calibrate"], **compare_int8(paths.student, model, data, data.val)}
+    legs = [
+        *image_legs(data, paths.device_pipeline, state.config.run),
+        export_leg(distill),
+        int8_leg(int8),
+    ]
     limits = state.config.params["benchmark"].limits
     return [(leg, *leg.judge(limits)) for leg in legs]

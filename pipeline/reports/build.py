@@ -18,14 +18,14 @@ def build_report(
     job: Job, params: BenchmarkParams, measurement: Measurement, legs: list[Leg]
 ) -> BenchmarkReport:
     """The report of a measurement, with what the earlier stages reported beside it."""
+    from pipeline.data.dataset import StudentData
     from pipeline.reports.report import SCHEMA, BenchmarkReport, LegRow
-    from preprocessing.contract import load_contract
 
     distill, calibrate = job.facts["distill"], job.facts["calibrate"]
     return BenchmarkReport(
         schema=SCHEMA,
         run=job.run,
-        contract=load_contract(job.inputs.contract).sha256,
+        contract=StudentData(job.inputs).contract.sha256,
         student={
             "name": distill["student"],
             "parameters": distill["parameters"],

@@ -21,7 +21,7 @@ import onnx
 from metis.graph.ends import external_files, graph_inputs
 from metis.graph.sessions import open_session
 from metis.operators.report import count_macs
-from pipeline.data.dataset import DatasetSplit
+from pipeline.data.dataset import StudentData
 from pipeline.networks.inference import answers, reference_network
 from pipeline.reports.confusion import confusion, first_decisions, write_confusions, write_decisions
 from pipeline.run.errors import InputError
@@ -29,8 +29,6 @@ from pipeline.run.manifest import load_manifest
 from pipeline.tasks.metrics import balanced_accuracy, expected_calibration_error, macro_f1, top1
 from pipeline.teachers.ensemble import combine
 from pipeline.teachers.soft_targets import Teaching
-from preprocessing.contract import load_contract
-from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -94,11 +92,11 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     if manifest is None or "student" not in manifest.artifacts:
         raise InputError(f"run {folder.name} has no student; `kdpipe run --to distill` makes one")
     paths = manifest.paths(folder)
-    val = DatasetSplit.load(paths.dataset / "val")
-    given = StudentInput.load(paths.student_input)
+    data = StudentData(paths)
+    val, given = data.val, data.student_input
     seed = manifest.stages["distill"].seed
     labels = np.asarray(val.labels)
-    classes = load_contract(paths.contract).labels
+    classes = data.labels
 
     def row(
         group: str, name: str, logits: NDArray[np.float32], values: dict[str, float | None]
@@ -109,7 +107,7 @@ def read_run(folder: Path, root: Path) -> list[Row]:
         return Row(group, name, folder.name, seed, len(labels), scores, counts, first)
 
     given_to = _group(manifest, "ingest")
-    rows = [row(given_to, *teacher) for teacher in _teachers(manifest, paths, root)]
+    rows = [row(given_to, *teacher) for teacher in _teachers(manifest, paths, data.contract, root)]
     group = _group(manifest, "ingest", "distill")
     facts = manifest.stages["distill"].facts
     student = facts["student"]
@@ -144,12 +142,11 @@ def _scores(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str,
 
 
 def _teachers(
-    manifest: Manifest, paths: Artifacts, root: Path
+    manifest: Manifest, paths: Artifacts, contract: Contract, root: Path
 ) -> Iterator[tuple[str, NDArray[np.float32], dict[str, float | None]]]:
     """Each member, then their ensemble; costs of files that are no longer there are None."""
     teaching = Teaching(paths.teaching, paths.contract)
     ensemble, members = teaching.ensemble, teaching.val_members()
-    contract = load_contract(paths.contract)
     files = {
         source.path.rpartition("/")[2]: root / source.path
         for source in manifest.stages["ingest"].sources.values()

@@ -67,11 +67,12 @@ def _facts(measurement: Measurement, legs: list[Leg]) -> Facts:
 
 def _parity(job: Job) -> list[Leg]:
     """The legs from training tensor to int8; the last two as their own stages recorded them."""
+    from pipeline.data.dataset import StudentData
     from pipeline.parity.images import SAMPLES, image_legs
     from pipeline.parity.legs import export_leg, int8_leg
 
     with job.progress("parity", SAMPLES) as bar:
-        legs = image_legs(job.inputs, job.run, bar.update)
+        legs = image_legs(StudentData(job.inputs), job.inputs.device_pipeline, job.run, bar.update)
     return [*legs, export_leg(job.facts["distill"]), int8_leg(job.facts["calibrate"])]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from metis.backend import QuantizedModel
     from pipeline.artifacts import Artifacts
     from pipeline.calibration.recipe import Calibrated, Recipe
-    from preprocessing.student_input import StudentInput
+    from pipeline.data.dataset import StudentData
 
 
 def sources(params: CalibrateParams, root: Path) -> dict[str, Path]:
@@ -32,20 +32,20 @@ def run(job: Job, params: CalibrateParams) -> Facts:
 
     from pipeline.calibration.recipe import recipe_of, watched
     from pipeline.calibration.study import suggestions
-    from preprocessing.student_input import StudentInput
+    from pipeline.data.dataset import StudentData
 
-    given = StudentInput.load(job.inputs.student_input)
-    described = _write_set(job, params, given)
+    data = StudentData(job.inputs)
+    described = _write_set(job, params, data)
     samples = job.outputs.calibration_set / "samples.npy"
     recipe = recipe_of(params, job.sources.get("ranges_file"))
     with job.progress("watch activations", len(np.load(samples, mmap_mode="r"))) as bar:
         calibrated = watched(job.inputs.student, samples, recipe, bar.update)
     baked = calibrated.baked(recipe, calibrated.ranges(recipe))
     onnx.save(baked, job.outputs.baked_student)
-    facts = {"calibration": described, **_quantized(job, params, calibrated, recipe, given)}
+    facts = {"calibration": described, **_quantized(job, params, calibrated, recipe, data)}
     recipe = recipe.under(facts["scheme"])  # of several that were tried
     calibrated.ranges(recipe).save(job.outputs.ranges)
-    facts.update(_examined(job, params, calibrated, recipe, given))
+    facts.update(_examined(job, params, calibrated, recipe, data))
     operators = {node.op_type for node in calibrated.parts.core.graph.node}
     facts["suggestions"] = suggestions(facts, recipe, operators)
     for words in facts["suggestions"]:
@@ -53,20 +53,16 @@ def run(job: Job, params: CalibrateParams) -> Facts:
     return facts
 
 
-def _write_set(job: Job, params: CalibrateParams, given: StudentInput) -> dict[str, Any]:
+def _write_set(job: Job, params: CalibrateParams, data: StudentData) -> dict[str, Any]:
     from pipeline.calibration.samples import choose_samples, write_samples
-    from pipeline.data.dataset import DatasetSplit
-    from preprocessing.contract import load_contract
 
-    classes = len(load_contract(job.inputs.contract).labels)
-    train = DatasetSplit.load(job.inputs.dataset / "train")
     unfit = json.loads(job.inputs.unfit.read_text())
-    choice = choose_samples(train, params.samples, classes, job.seed, unfit)
+    choice = choose_samples(data.train, params.samples, data.classes, job.seed, unfit)
     for words in choice.warnings():
         job.warn(words)
     folder = job.outputs.calibration_set
     folder.mkdir()
-    described = write_samples(folder / "samples.npy", train, choice, given, classes)
+    described = write_samples(folder / "samples.npy", data, choice)
     (folder / "samples.json").write_text(json.dumps(described) + "\n")
     return {name: value for name, value in described.items() if name != "rows"}
 
@@ -76,16 +72,14 @@ def _quantized(
     params: CalibrateParams,
     calibrated: Calibrated,
     recipe: Recipe,
-    given: StudentInput,
+    data: StudentData,
 ) -> dict[str, Any]:
     """The backend's int8 model; with the SDK, the emulator's figures beside the SDK's own."""
     from metis.emulator.kernels import arithmetic
     from pipeline.calibration.recipe import emulated
     from pipeline.calibration.schemes import quantize_best
-    from pipeline.data.dataset import DatasetSplit
     from pipeline.parity.logits import compare_int8
 
-    val = DatasetSplit.load(job.inputs.dataset / "val")
     options = SdkOptions(params.extra or {}, params.time_limit or SdkOptions.time_limit_s)
     backend = open_backend(str(params.backend), options)
 
@@ -103,7 +97,7 @@ def _quantized(
 
     model, figures, tried = quantize_best(
         quantize,
-        lambda model: compare_int8(job.inputs.student, model, given, val),
+        lambda model: compare_int8(job.inputs.student, model, data, data.val),
         SCHEMES if params.try_schemes else (params.scheme,),
         job.outputs.quantized_model,
     )
@@ -119,7 +113,7 @@ def _quantized(
         calibrated.ranges(recipe.under(model.scheme)).save(job.outputs.ranges)
         files = job.outputs.baked_student, job.outputs.ranges
         with emulated(*files, model.scheme) as other:
-            facts["emulator"] = compare_int8(job.inputs.student, other, given, val)
+            facts["emulator"] = compare_int8(job.inputs.student, other, data, data.val)
     return facts
 
 
@@ -128,19 +122,16 @@ def _examined(
     params: CalibrateParams,
     calibrated: Calibrated,
     recipe: Recipe,
-    given: StudentInput,
+    data: StudentData,
 ) -> dict[str, Any]:
     """Other ways to quantize, and single layers."""
     import numpy as np
 
     from pipeline.calibration import study
-    from pipeline.data.dataset import DatasetSplit
     from pipeline.networks.inference import reference_logits
-    from preprocessing.apply import student_tensor
 
-    val = DatasetSplit.load(job.inputs.dataset / "val")
-    val = val.spread(study.COMPARED)
-    frames, labels = student_tensor(val.images, given), val.labels
+    val = data.val.spread(study.COMPARED)
+    frames, labels = data.tensors(val), val.labels
     exact = reference_logits(job.inputs.student, frames)
     samples = job.outputs.calibration_set / "samples.npy"
     rounded = reference_logits(job.outputs.baked_student, frames)
@@ -195,23 +186,18 @@ def curve(
     from pipeline.calibration import study
     from pipeline.calibration.recipe import recipe_of
     from pipeline.calibration.samples import choose_samples
-    from pipeline.data.dataset import DatasetSplit
+    from pipeline.data.dataset import StudentData
     from pipeline.networks.inference import reference_logits
-    from preprocessing.apply import student_tensor
-    from preprocessing.contract import load_contract
-    from preprocessing.student_input import StudentInput
 
-    given = StudentInput.load(inputs.student_input)
-    train, val = (DatasetSplit.load(inputs.dataset / name) for name in ("train", "val"))
-    classes = len(load_contract(inputs.contract).labels)
+    data = StudentData(inputs)
     unfit = json.loads(inputs.unfit.read_text())
-    indices = choose_samples(train, max(sizes), classes, seed, unfit, "--sizes").indices
-    val = val.spread(study.COMPARED)
-    frames = student_tensor(val.images, given)
+    indices = choose_samples(data.train, max(sizes), data.classes, seed, unfit, "--sizes").indices
+    val = data.val.spread(study.COMPARED)
+    frames = data.tensors(val)
     exact = reference_logits(inputs.student, frames)
     yield from study.curve(
         inputs.student,
-        lambda part: student_tensor(train.images[indices[part]], given),
+        lambda part: data.tensors(data.train, indices[part]),
         sizes,
         recipe_of(params),
         (frames, exact, val.labels),

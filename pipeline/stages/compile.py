@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 def run(job: Job, params: CompileParams) -> Facts:
     """Write the device pipeline; lower the quantized model with the chosen backend."""
+    from pipeline.data.dataset import StudentData
     from pipeline.delivery.device_pipeline import measure_device_constants, write_device_pipeline
-    from preprocessing.student_input import StudentInput
 
     model = QuantizedModel.load(job.inputs.quantized_model)
-    given = StudentInput.load(job.inputs.student_input)
-    obstacle = write_device_pipeline(job, params, given, model.scheme)
+    data = StudentData(job.inputs)
+    obstacle = write_device_pipeline(job, params, data, model.scheme)
     compiled = _compile(job, params, model)
     record = compiled.path / "sdk.json"
     return {
@@ -38,7 +38,7 @@ def run(job: Job, params: CompileParams) -> Facts:
         "sdk": json.loads(record.read_text()) if record.exists() else None,
         "pipeline_yaml": None if obstacle else f"{job.run}.yaml",
         "pipeline_yaml_obstacle": obstacle,
-        "device_constants": None if obstacle else measure_device_constants(job, given),
+        "device_constants": None if obstacle else measure_device_constants(job, data),
         "estimate": _estimate(job.inputs.student, params.aipu_cores),
     }
 

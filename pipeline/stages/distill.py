@@ -26,10 +26,10 @@ def sources(params: DistillParams, root: Path) -> dict[str, Path]:
 
 def run(job: Job, params: DistillParams) -> Facts:
     """Check the network, train it, export it, and prove the export equal to what was trained."""
+    from pipeline.data.dataset import StudentData
     from pipeline.training.loop import train_all
-    from preprocessing.contract import load_contract
 
-    classes = len(load_contract(job.inputs.contract).labels)
+    classes = StudentData(job.inputs).classes
     tasks = {name: _task(job, params, classes, name) for name in ("student", *params.baselines)}
     if params.quantization_aware.share:
         tasks["student"] = replace(tasks["student"], params=float_part(params))
@@ -108,7 +108,7 @@ def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, A
 
     path = job.scratch / "untrained.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
-    legalized = export_student(task.network(), task.given, path)
+    legalized = export_student(task.network(), task.data.student_input, path)
     report, refusal = legalized.report, legalized.refusal(params.student)
     if refusal and params.check_operators:
         raise InputError(
@@ -130,7 +130,6 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
     """Copy what training left, export, and compare the export with torch."""
     import shutil
 
-    from pipeline.data.dataset import DatasetSplit
     from pipeline.networks.build import parameter_count
     from pipeline.networks.export import export_student, torch_logits
     from pipeline.networks.inference import answers, reference_network
@@ -138,22 +137,21 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
     from pipeline.tasks.metrics import top1
     from pipeline.training.folded_network import export_folded
     from pipeline.training.task import trained
-    from preprocessing.apply import student_tensor
 
     prefix = "" if name == "student" else f"{name}-"
     for file in sorted(Path(task.folder).iterdir()):
         if file.is_file():
             shutil.copyfile(file, training / f"{prefix}{file.name}")
     student = trained(task)
-    val = DatasetSplit.load(job.inputs.dataset / "val")
+    data, val = task.data, task.data.val
     rewrites = []
     if task.folded is None:
-        proof = student_tensor(val.images[:PROOF_SAMPLES], task.given)
-        rewrites = export_student(student, task.given, onnx, proof).facts()
+        proof = data.tensors(val, slice(PROOF_SAMPLES))
+        rewrites = export_student(student, data.student_input, onnx, proof).facts()
     else:
         export_folded(student, onnx)
     by_torch, by_onnx = answers(
-        val.images, task.given, partial(torch_logits, student), reference_network(onnx)
+        val.images, data.student_input, partial(torch_logits, student), reference_network(onnx)
     )
     return {
         "parameters": parameter_count(student),

@@ -162,7 +162,7 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
     resumed = _resume_point(folder / "checkpoints")
     with progress(f"train {params.student}", 1) as bar:
         trainer = _trainer(task, [_KeepHistory(folder / "metrics.csv"), best, last, _Bar(bar)])
-        data = StudentBatches(_splits(task), task.given, teaching, answers=by_ensemble)
+        data = StudentBatches(_splits(task), task.data.student_input, teaching, answers=by_ensemble)
         order = _order(task, data, teaching, trainer.world_size, trainer.global_rank)
         taps = _taps(task, student, data, teaching)
         student.train()  # Lightning leaves a module in the mode it finds it in
@@ -175,9 +175,7 @@ def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, An
             peer=_peer(task),
             class_weights=_class_weights(task, data),
         )
-        plain = StudentBatches(
-            {"val": DatasetSplit.load(Path(task.dataset) / "val")}, task.given, None
-        )
+        plain = StudentBatches({"val": task.data.val}, task.data.student_input, None)
         in_order = InOrder(len(plain), params.batch_size)
         _fit(
             trainer,
@@ -267,11 +265,10 @@ def untaught(params: DistillParams) -> DistillParams:
 
 
 def _splits(task: Task) -> dict[str, DatasetSplit]:
-    folder = Path(task.dataset)
-    names = ["train"]
-    if task.soft and (folder / "unlabeled").exists():
-        names.append("unlabeled")
-    return {name: DatasetSplit.load(folder / name) for name in names}
+    splits = {"train": task.data.train}
+    if task.soft and task.data.unlabeled is not None:
+        splits["unlabeled"] = task.data.unlabeled
+    return splits
 
 
 def _order(
@@ -283,9 +280,8 @@ def _order(
         balanced_weights(data.labels(), task.classes) if params.sampling == "balanced" else None
     )
     steps = None
-    unlabeled = Path(task.dataset) / "unlabeled"
-    if not task.soft and unlabeled.exists():
-        whole = len(data) + len(DatasetSplit.load(unlabeled).labels)
+    if not task.soft and task.data.unlabeled is not None:
+        whole = len(data) + len(task.data.unlabeled)
         steps = max(1, whole // (params.batch_size * processes))
     return Order(
         len(data),
@@ -316,7 +312,7 @@ def _peer(task: Task) -> nn.Module | None:
     name = task.params.peer or task.params.student
     peer = build_student(
         name,
-        task.given,
+        task.data.student_input,
         task.classes,
         seed=task.seed + 1,
         stem_stride=task.params.stem_stride,

@@ -24,11 +24,9 @@ from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import choose
 from pipeline.calibration.recipe import Recipe, watched
 from pipeline.calibration.study import figures
-from pipeline.data.dataset import DatasetSplit
 from pipeline.networks.inference import reference_logits
 from pipeline.params.distill import float_part
 from pipeline.tasks.metrics import paired_difference
-from preprocessing.apply import student_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,10 +83,10 @@ class Start:
         """
         parts = prepare(onnx.load(student))
         onnx.save(parts.student, student)
-        train = DatasetSplit.load(Path(task.dataset) / "train")
+        train = task.data.train
         random = np.random.default_rng(task.seed)
-        chosen = random.permutation(len(train.labels))[:SAMPLES]
-        samples = student_tensor(train.images[np.sort(chosen)], task.given)
+        chosen = random.permutation(len(train))[:SAMPLES]
+        samples = task.data.tensors(train, np.sort(chosen))
         start = Start(student, scratch / "samples.npy", scratch / "ranges.json", len(samples))
         np.save(start.samples, samples[:, None])
         seen = watch(parts)
@@ -123,8 +121,8 @@ class Start:
             task: any of its trainings.
             student: ONNX.
         """
-        val = DatasetSplit.load(Path(task.dataset) / "val")
-        frames = student_tensor(val.images, task.given)
+        val = task.data.val
+        frames = task.data.tensors(val)
         exact = reference_logits(student, frames)
         int8 = emulated_logits(student, self.samples, frames)
         loss, interval = paired_difference(

@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
+from pipeline.artifacts import Artifacts
+from pipeline.data.dataset import StudentData
 from pipeline.networks.build import build_student
 from pipeline.params.distill import DistillParams
 from pipeline.training.folded_network import folded_network
-from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
     from torch.nn import Module
 
-    from pipeline.params.distill import DistillParams
 
-
-def trained_student(
-    params: DistillParams, weights: Path, given: StudentInput, classes: int
-) -> Module:
+def trained_student(params: DistillParams, weights: Path, data: StudentData) -> Module:
     """The torch network that distill left; needs the extra `train`.
 
     Args:
         params: the section `distill`, which names the network.
         weights: student.safetensors; of a folded student, with folded.onnx beside it.
-        given: the student's input.
-        classes: number of classes.
+        data: of the run.
     """
-    from safetensors.torch import load_file
-
-    from pipeline.networks.build import build_student
-    from pipeline.training.folded_network import folded_network
-
     network: Module
     if params.quantization_aware.share:
         network = folded_network(weights.with_name("folded.onnx"))
     else:
         network = build_student(
-            params.student, given, classes, seed=0, stem_stride=params.stem_stride
+            params.student,
+            data.student_input,
+            data.classes,
+            seed=0,
+            stem_stride=params.stem_stride,
         )
     network.load_state_dict(load_file(weights))
     return network
@@ -73,10 +67,12 @@ class Task:
         """Whether anything but labels teaches; only then patches without labels are of use."""
         return self.taught and bool(self.params.soft_weight or self.params.feature_weight)
 
-    @property
-    def given(self) -> StudentInput:
-        """The student's input."""
-        return StudentInput.load(Path(self.student_input))
+    @cached_property
+    def data(self) -> StudentData:
+        """What it trains on."""
+        names = ("contract", "student_input", "dataset")
+        paths = {name: Path(getattr(self, name)) for name in names}
+        return StudentData(Artifacts(paths, "files of a training"))
 
     def network(self) -> nn.Module:
         """The student as training finds it."""
@@ -84,7 +80,7 @@ class Task:
             return folded_network(Path(self.folded), Path(self.ranges) if self.ranges else None)
         return build_student(
             self.params.student,
-            self.given,
+            self.data.student_input,
             self.classes,
             seed=self.seed,
             stem_stride=self.params.stem_stride,
