@@ -11,6 +11,7 @@ import yaml
 from tiny_project import write_project
 
 from pipeline.cli.main import commands
+from pipeline.stages import load_stages
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -171,3 +172,18 @@ def test_the_smallest_config_of_the_readme_runs(tmp_path, last):
     assert result.returncode == 0, result.stderr
     manifest = json.loads((project.root / "runs" / "default" / "manifest.json").read_text())
     assert manifest["stages"][last]["status"] == "ok"
+
+
+def test_every_artifact_and_every_gate_is_documented():
+    text = sections(ROOT / "docs" / "runs.md")
+    made = [(name, stage) for stage, s in load_stages().items() for name in s.outputs.values()]
+    assert [(row[0].strip("`"), row[1]) for row in rows(text["What each stage makes"])] == made
+    gates = [(name, stage) for stage, s in load_stages().items() for name in s.gate_names]
+    assert [(row[0].strip("`"), row[1]) for row in rows(text["Gates"])] == gates
+
+
+def test_every_extra_is_documented():
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    said = [row[0].strip("`") for row in rows((ROOT / "docs" / "install.md").read_text())]
+    assert sorted(said) == sorted(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
