@@ -22,6 +22,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import timm
 import torch
@@ -79,7 +80,7 @@ def main() -> None:
             )
         task = last_task(root)
         for kind, name in STUDENTS.items():
-            params = replace(task.params, student=name)
+            params = msgspec.structs.replace(task.params, student=name)
             given = replace(task, params=params)
             ways = {
                 "taught": lambda given=given: epoch_seconds(given),
@@ -192,7 +193,8 @@ def epoch_seconds(task: Task) -> float:
     """CPU seconds of one more epoch: a training of five against one of a single epoch."""
     seconds = []
     for epochs in (1, 5):
-        given = replace(task, params=replace(task.params, epochs=epochs, warmup_epochs=0.5))
+        params = msgspec.structs.replace(task.params, epochs=epochs, warmup_epochs=0.5)
+        given = replace(task, params=params)
         start = time.process_time()
         train(given, lambda what, total: tqdm(total=total, disable=True))
         seconds.append(time.process_time() - start)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from pipeline.run.stage import same_as_field, unkeyed_field
+from pipeline.run.parameters import UNKEYED, Params, same_as
 
 #: Artifacts that a bundle is made of.
 BUNDLED = (
@@ -41,8 +41,7 @@ class Limits:
     max_int8_loss: float  # points of top-1
 
 
-@dataclass(frozen=True)
-class BenchmarkParams:
+class BenchmarkParams(Params, frozen=True):
     """Where and how long to measure."""
 
     min_seconds: Annotated[float, Meta(gt=0)] = 60.0  # per scenario; a shorter run is a SMOKE run
@@ -53,17 +52,19 @@ class BenchmarkParams:
     max_device_loss: Annotated[float, Meta(gt=0)] = 1.0  # points of top-1 below the float student
     device: str = ""  # its name, as axdevice shows it; empty: the first one
     host: str = ""  # user@box that ssh reaches without a password; empty: this machine
-    ssh_options: tuple[str, ...] = unkeyed_field(())  # words for ssh before the host
-    remote_python: str = unkeyed_field("python3")  # with numpy and the runtime, on that host
-    time_limit: Annotated[float, Meta(gt=0)] = unkeyed_field(14_400.0)  # seconds, in all
-    backend: Literal["emulator", "voyager"] | None = same_as_field("compile.backend", unkeyed=True)
+    ssh_options: Annotated[tuple[str, ...], UNKEYED] = ()  # words for ssh before the host
+    remote_python: Annotated[str, UNKEYED] = "python3"  # with numpy and the runtime, on that host
+    time_limit: Annotated[float, Meta(gt=0), UNKEYED] = 14_400.0  # seconds, in all
+    backend: Annotated[
+        Literal["emulator", "voyager"] | None, same_as("compile.backend"), UNKEYED
+    ] = None
     golden_samples: Annotated[int, Meta(ge=1)] = 32  # validation patches that prove the bundle
-    max_png_levels: Annotated[float, Meta(ge=0)] = unkeyed_field(1.0)  # grey levels, when bilinear
-    max_yaml_difference: Annotated[float, Meta(ge=0)] = unkeyed_field(1e-5)  # standard deviations
-    max_export_difference: float | None = same_as_field(
-        "distill.max_export_difference", unkeyed=True
-    )
-    max_int8_loss: float | None = same_as_field("calibrate.max_int8_loss", unkeyed=True)
+    max_png_levels: Annotated[float, Meta(ge=0), UNKEYED] = 1.0  # grey levels, when bilinear
+    max_yaml_difference: Annotated[float, Meta(ge=0), UNKEYED] = 1e-5  # standard deviations
+    max_export_difference: Annotated[
+        float | None, same_as("distill.max_export_difference"), UNKEYED
+    ] = None
+    max_int8_loss: Annotated[float | None, same_as("calibrate.max_int8_loss"), UNKEYED] = None
 
     @property
     def limits(self) -> Limits:

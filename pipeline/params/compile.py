@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from metis.voyager.process import PYTHON_VARIABLE
-from pipeline.run.stage import environment_field, unkeyed_field
+from pipeline.run.parameters import UNKEYED, Params, environment
 
 
-@dataclass(frozen=True)
-class CompileParams:
+class CompileParams(Params, frozen=True):
     """How to compile."""
 
     backend: Literal["emulator", "voyager"] = "emulator"
     aipu_cores: Annotated[int, Meta(ge=1, le=4)] = 1  # also the batch of one call
-    sdk_python: str | None = environment_field(PYTHON_VARIABLE)  # the SDK's interpreter
+    sdk_python: Annotated[str | None, environment(PYTHON_VARIABLE)] = None  # the SDK's interpreter
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of the SDK's CompilerConfig
     route: Literal["api", "axcompile", "deploy"] = "api"  # of the SDK, from student to artifacts
-    try_schemes: Literal["all"] | None = unkeyed_field(None)  # calibrate tries them
-    time_limit: Annotated[float, Meta(gt=0)] = unkeyed_field(14_400.0)  # seconds, for each step
+    try_schemes: Annotated[Literal["all"] | None, UNKEYED] = None  # calibrate tries them
+    time_limit: Annotated[float, Meta(gt=0), UNKEYED] = 14_400.0  # seconds, for each step
     sdk_release: Literal["1.2", "1.3", "1.4", "1.5", "1.6", "1.7", "1.8"] = "1.8"  # for the YAML
     path_prefix: str = ""  # put before file names in the YAML: where the folder will lie
-    max_constant_error: Annotated[float, Meta(gt=0)] = unkeyed_field(0.05)  # standard deviations
+    max_constant_error: Annotated[float, Meta(gt=0), UNKEYED] = 0.05  # standard deviations

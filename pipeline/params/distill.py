@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from msgspec import Meta
+from msgspec.structs import fields, replace
 
-from pipeline.run.stage import path_field, unkeyed_field
+from pipeline.run.parameters import PATH, UNKEYED, Params
 
 Weight = Annotated[float, Meta(ge=0)]
 
 Positive = Annotated[float, Meta(gt=0)]
 
 
-@dataclass(frozen=True)
-class FeatureParams:
+class FeatureParams(Params, frozen=True):
     """A layer of the student that shall be like a tensor of a teacher."""
 
     student: str  # name of a module
     teacher: str  # name of the teacher / name of its tensor, one of ingest.teachers.features
 
 
-@dataclass(frozen=True)
-class QuantizationAwareParams:
+class QuantizationAwareParams(Params, frozen=True):
     """The last epochs, trained on the int8 grid of the chip."""
 
     share: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of the epochs, at least one; 0: none
@@ -32,12 +30,11 @@ class QuantizationAwareParams:
     control: bool = False  # trained too, for comparison: the same epochs in float
 
 
-@dataclass(frozen=True)
-class DistillParams:
+class DistillParams(Params, frozen=True):
     """How to train."""
 
     student: str = "resnet18"  # any network of timm, or mobilenetv4m, mobilenetv3s
-    init: str | None = path_field(None)  # file of weights to start from
+    init: Annotated[str | None, PATH] = None  # file of weights to start from
     stem_stride: Annotated[int, Meta(ge=1, le=4)] | None = None  # of the first convolution
     teacher: Literal["ensemble", "ema", "mutual"] = "ensemble"  # who gives the soft targets
     peer: str | None = None  # second student of teacher: mutual; null: the same network
@@ -80,10 +77,10 @@ class DistillParams:
     devices: Annotated[int, Meta(ge=1)] = 1
     num_nodes: Annotated[int, Meta(ge=1)] = 1
     strategy: str = "auto"  # of Lightning
-    workers: Annotated[int, Meta(ge=0)] = unkeyed_field(0)  # processes that make batches
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = unkeyed_field(("tensorboard",))
-    check_operators: bool = unkeyed_field(True)  # refuse a network that Metis can't run
-    max_export_difference: Annotated[float, Meta(gt=0)] = unkeyed_field(1e-3)  # of logits
+    workers: Annotated[int, Meta(ge=0), UNKEYED] = 0  # processes that make batches
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], UNKEYED] = ("tensorboard",)
+    check_operators: Annotated[bool, UNKEYED] = True  # refuse a network that Metis can't run
+    max_export_difference: Annotated[float, Meta(gt=0), UNKEYED] = 1e-3  # of logits
 
 
 def float_part(params: DistillParams) -> DistillParams:

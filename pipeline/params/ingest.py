@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from pipeline.params.sources import Bands, DataParams, TeacherParams, ViewParams
-from pipeline.run.stage import path_field
+from pipeline.run.parameters import PATH, Params
 
 
-@dataclass(frozen=True)
-class StudentParams:
+class StudentParams(Params, frozen=True):
     """What the student sees, and how the device delivers it."""
 
     bands: Bands  # that it sees, in channel order
@@ -29,18 +27,19 @@ class StudentParams:
     ] = (0.1, 99.9)  # of each band, for encoding percentile
 
 
-@dataclass(frozen=True)
-class IngestParams:
+class IngestParams(Params, frozen=True):
     """What to take in."""
 
     data: DataParams
     teachers: Annotated[tuple[TeacherParams, ...], Meta(min_length=1)]
     student: StudentParams
-    contract: str = path_field("preprocessing.json")
-    labels: str | None = path_field(None)  # text, one class per line; must equal the contract's
+    contract: Annotated[str, PATH] = "preprocessing.json"
+    labels: Annotated[str | None, PATH] = (
+        None  # text, one class per line; must equal the contract's
+    )
     combine: Literal["mean_logits", "mean_probabilities"] = "mean_logits"  # weighted
     calibrate_temperatures: bool = False  # divide each teacher's logits by its own, fitted on val
-    views: ViewParams = field(default_factory=ViewParams)
+    views: ViewParams = ViewParams()
     teacher_mode: Literal["cached", "live"] = "cached"  # live: distill asks them for every batch
     max_top1_difference: Annotated[float, Meta(gt=0)] = 0.005  # from a teacher's recorded_top1
     max_logit_difference: Annotated[float, Meta(gt=0)] = 0.1  # from recorded mean and std, in stds

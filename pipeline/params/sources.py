@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from pipeline.run.stage import path_field, unkeyed_field
+from pipeline.run.parameters import PATH, UNKEYED, Params
 
 #: Zero-based band indices, at least one.
 Bands = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
@@ -20,31 +19,31 @@ UNLABELED = -1
 SPLITS = ("train", "val", "test", "unlabeled")
 
 
-@dataclass(frozen=True)
-class SplitParams:
+class SplitParams(Params, frozen=True):
     """Where one split comes from: a file or folder and rows of it, or a share of train."""
 
-    path: str | None = path_field(None)
-    labels: str | None = path_field(None)  # format npy: the file of class indices
+    path: Annotated[str | None, PATH] = None
+    labels: Annotated[str | None, PATH] = None  # format npy: the file of class indices
     rows: tuple[int, int] | None = None  # [first, one past the last]; null: all
-    indices: str | None = path_field(None)  # .npy or text file with the rows to take
+    indices: Annotated[str | None, PATH] = None  # .npy or text file with the rows to take
     fraction: Annotated[float, Meta(gt=0, lt=1)] | None = None  # of train, stratified and seeded
 
 
-@dataclass(frozen=True)
-class DataParams:
+class DataParams(Params, frozen=True):
     """The patches."""
 
     format: Literal["npz", "npy", "so2sat-h5", "image-folder"] = "npz"
     modalities: dict[str, str] | None = None  # name -> key in the file; null: the format's own
     labels: str | None = None  # key of the labels in the file; null: the format's own
-    train: SplitParams = field(default_factory=SplitParams)
-    val: SplitParams = field(default_factory=lambda: SplitParams(fraction=0.15))
-    test: SplitParams = field(default_factory=SplitParams)
+    train: SplitParams = SplitParams()
+    val: SplitParams = SplitParams(fraction=0.15)
+    test: SplitParams = SplitParams()
     unlabeled: SplitParams | None = None  # its labels, if any, are never looked at
     bad_patches: Literal["error", "drop"] = "error"  # patches with NaN or infinity
     on_leak: Literal["warn", "error"] = "warn"  # the same patch in two splits
-    cache: bool = unkeyed_field(False)  # keep the bands that are needed, float32, in runs/.cache
+    cache: Annotated[bool, UNKEYED] = (
+        False  # keep the bands that are needed, float32, in runs/.cache
+    )
 
     @property
     def splits(self) -> dict[str, SplitParams]:
@@ -58,8 +57,7 @@ class DataParams:
         return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class ViewParams:
+class ViewParams(Params, frozen=True):
     """Augmentation, the same for teacher and student; view 0 is the patch as it is."""
 
     count: Annotated[int, Meta(ge=1)] = 1  # views of each patch; 1: no augmentation
@@ -69,12 +67,13 @@ class ViewParams:
     zoom: Annotated[float, Meta(ge=0, lt=1)] = 0.1  # 1 +- up to this
 
 
-@dataclass(frozen=True)
-class TeacherParams:
+class TeacherParams(Params, frozen=True):
     """One teacher, or several alike when `path` is a pattern."""
 
     bands: Bands  # that it sees, in channel order
-    path: str | None = path_field(None)  # ONNX file or pattern; with `timm`, the file of weights
+    path: Annotated[str | None, PATH] = (
+        None  # ONNX file or pattern; with `timm`, the file of weights
+    )
     timm: str | None = None  # a torch teacher: name of the network; without path: weights of a hub
     modality: str = "optical"
     weight: Annotated[float, Meta(gt=0)] = 1.0  # in the mean

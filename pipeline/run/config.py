@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
+from msgspec import Meta
+from msgspec.structs import replace
 
 from pipeline.run.errors import ConfigError, nearest
+from pipeline.run.parameters import Params, convert, marks, read_section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "kdpipe.yaml"
 
 #: What the generators of numpy and torch take alike.
-_Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+_Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Config:
     path: Path  # of the file
     run: str  # name of the run
     seed: int
-    params: Mapping[str, Any]  # by stage
+    params: Mapping[str, Any]  # by stage; each a Params
 
     @property
     def root(self) -> Path:
@@ -80,12 +73,10 @@ def load_config(
         if key not in known:
             raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), known)}")
     sections = {stage: tree.get(stage) or {} for stage in stages}
-    for stage, section in sections.items():
-        _refuse_unknown(section, stages[stage].params, stage, name)
     run_name = _run_name(run if run is not None else tree.get("run", "default"), name)
-    seed = _convert(tree.get("seed", 0), _Seed, "seed", name)
+    seed: int = convert(tree.get("seed", 0), _Seed, "seed", name)
     params = {
-        stage: _convert(section, stages[stage].params, stage, name)
+        stage: read_section(section, stages[stage].params, stage, name)
         for stage, section in sections.items()
     }
     for section in params.values():
@@ -98,21 +89,21 @@ def load_config(
     )
 
 
-def _set_environment(section: Any, root: Path) -> None:  # noqa: ANN401 - any stage's params
+def _set_environment(section: Params, root: Path) -> None:
     """Give programs that parameters name to whoever looks into the environment."""
-    for f in fields(section):
-        program = getattr(section, f.name)
-        if "environment" in f.metadata and program:
-            os.environ[f.metadata["environment"]] = str(root / Path(program).expanduser())
+    for name, notes in marks(type(section)).items():
+        program = getattr(section, name)
+        if "environment" in notes and program:
+            os.environ[notes["environment"]] = str(root / Path(program).expanduser())
 
 
-def _filled(section: Any, params: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any stage's params
+def _filled(section: Params, params: Mapping[str, Params]) -> Params:
     """Give parameters that were left null the value of the one they are the same as."""
     values = {}
-    for f in fields(section):
-        if "same_as" in f.metadata and getattr(section, f.name) is None:
-            stage, _, key = f.metadata["same_as"].partition(".")
-            values[f.name] = getattr(params[stage], key)
+    for name, notes in marks(type(section)).items():
+        if "same_as" in notes and getattr(section, name) is None:
+            stage, _, key = notes["same_as"].partition(".")
+            values[name] = getattr(params[stage], key)
     return replace(section, **values)
 
 
@@ -199,52 +190,3 @@ def _apply(tree: dict[str, Any], change: str) -> None:
         here[last] = value
     else:
         raise ConfigError(f"--set {change!r}: there is no {last!r} to set")
-
-
-def _refuse_unknown(value: Any, kind: Any, where: str, file: str) -> None:  # noqa: ANN401 - YAML
-    """Walk the tree beside its types, because msgspec passes unknown keys of dataclasses over."""
-    for option in _options(kind):
-        if is_dataclass(option) and isinstance(value, dict):
-            hints = get_type_hints(option)
-            known = [f.name for f in fields(option)]
-            for key, inner in value.items():
-                if key not in known:
-                    raise ConfigError(
-                        f"{file}: unknown key '{where}.{key}'{nearest(str(key), known)}"
-                    )
-                _refuse_unknown(inner, hints[key], f"{where}.{key}", file)
-        elif get_origin(option) in (list, tuple) and isinstance(value, list):
-            for i, inner in enumerate(value):
-                _refuse_unknown(inner, get_args(option)[0], f"{where}[{i}]", file)
-
-
-def _options(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401 - types at run time
-    import types
-
-    if get_origin(kind) in (Union, types.UnionType):
-        return get_args(kind)
-    return (kind,)
-
-
-def _convert(value: Any, kind: Any, where: str, file: str) -> Any:  # noqa: ANN401 - YAML
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at ")
-        place = path.strip("`").removeprefix("$")
-        cure = ""
-        if word := re.fullmatch(r"Invalid enum value '(.*)'", what):
-            cure = nearest(word[1], _choices(kind, place))
-        raise ConfigError(f"{file}: {where}{place}: {what[0].lower()}{what[1:]}{cure}") from error
-
-
-def _choices(kind: Any, place: str) -> list[str]:  # noqa: ANN401 - types at run time
-    """The words that may stand at a place such as `.teachers[0].zscore` of a type."""
-    for key, _ in re.findall(r"\.(\w+)|(\[)", place):
-        for option in _options(kind):
-            if key and is_dataclass(option):
-                kind = get_type_hints(option)[key]
-            elif not key and get_origin(option) in (list, tuple, dict):
-                kind = get_args(option)[-1 if get_origin(option) is dict else 0]
-    words = (get_args(option) for option in _options(kind) if get_origin(option) is Literal)
-    return [str(word) for some in words for word in some]

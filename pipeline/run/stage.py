@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.run.errors import StageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from tqdm import tqdm
@@ -21,35 +21,6 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]
 
 P = TypeVar("P")
-
-
-def path_field(default: Any = ...) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
-    """A parameter that names a file. The file's digest counts for staleness, its name does not."""
-    metadata = {"path": True}
-    if default is ...:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def unkeyed_field(default: Any) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
-    """A parameter that does not change what the stage makes, such as a gate's limit."""
-    return field(default=default, metadata={"unkeyed": True})
-
-
-def environment_field(variable: str) -> Any:  # noqa: ANN401 - stands where dataclasses.field would
-    """The path of a program that everything in this process finds in an environment variable.
-
-    Given, it sets the variable; left null, the variable counts. Not keyed: the program's version
-    says what changed, not where it lies.
-    """
-    return field(default=None, metadata={"environment": variable, "unkeyed": True})
-
-
-def same_as_field(other: str, *, unkeyed: bool = False) -> Any:  # noqa: ANN401 - as above
-    """A parameter that, left null, takes the value of `stage.key`."""
-    return field(
-        default=None, metadata={"same_as": other, **({"unkeyed": True} if unkeyed else {})}
-    )
 
 
 @dataclass(frozen=True)
@@ -130,22 +101,3 @@ def order_stages(found: Mapping[str, Stage[Any]]) -> dict[str, Stage[Any]]:
         return {name: found[name] for name in order}
     except CycleError as error:
         raise StageError(f"stages wait for each other: {' -> '.join(error.args[1])}") from error
-
-
-def keyed_params(params: object) -> Any:  # noqa: ANN401 - a JSON tree
-    """The parameters that decide what a stage makes, as a JSON tree: no file names, no limits."""
-    return _tree(params, skip=("path", "unkeyed"))
-
-
-def _tree(value: Any, skip: Iterable[str]) -> Any:  # noqa: ANN401 - a JSON tree
-    if is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _tree(getattr(value, f.name), skip)
-            for f in fields(value)
-            if not any(word in f.metadata for word in skip)
-        }
-    if isinstance(value, dict):
-        return {str(k): _tree(v, skip) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_tree(v, skip) for v in value]
-    return value

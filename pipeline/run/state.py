@@ -12,7 +12,6 @@ from pipeline.artifacts import Artifacts
 from pipeline.run.digests import Digests
 from pipeline.run.environment import installed
 from pipeline.run.manifest import load_manifest
-from pipeline.run.stage import keyed_params
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -154,7 +153,7 @@ class RunState:
             "code_version": definition.code_version,
             "seed": self.config.seed,
             "contract": self.contract_digest(),
-            "params": keyed_params(self.config.params[stage]),
+            "params": self.config.params[stage].keyed(),
             "sources": {
                 name: self._source_digest(stage, name, path)
                 for name, path in self.sources(stage).items()

@@ -8,6 +8,8 @@ import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from pipeline.params.ingest import IngestParams
 from pipeline.run.errors import InputError, require_extra
 from pipeline.run.stage import Facts, Job, Stage
@@ -147,7 +149,7 @@ def run(job: Job, params: IngestParams) -> Facts:
         "student_input": asdict(student),
         "encoding": quality,
         "teachers": {**facts, "threads": threads},
-        "views": asdict(params.views),
+        "views": msgspec.to_builtins(params.views),
     }
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from pipeline.data.prefetch import prefetched
@@ -112,7 +113,7 @@ class Labelling:
             about = {
                 "source": source_digest,
                 "rows": sha256(rows.astype("<i8").tobytes()).hexdigest(),
-                "views": [views, asdict(self.views) if views > 1 else None],
+                "views": [views, msgspec.to_builtins(self.views) if views > 1 else None],
                 "seed": self.seed if views > 1 else None,
             }
             name = sha256(json.dumps(about).encode()).hexdigest()[:32]
@@ -180,7 +181,7 @@ def _read(
 
 def teacher_digest(teacher: Teacher, contract_sha256: str, file_digests: Sequence[str]) -> str:
     """Everything that decides what a teacher says of a patch."""
-    params = asdict(teacher.params)
+    params = msgspec.to_builtins(teacher.params)
     for unimportant in ("path", "weight", "recorded_top1", "recorded_logit_mean"):
         params.pop(unimportant)
     params.pop("recorded_logit_std")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from pipeline.run.errors import InputError
 from pipeline.teachers.answer_cache import BLOCK, Labelling, picked, seen_bands, teacher_digest

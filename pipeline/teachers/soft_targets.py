@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -118,7 +118,7 @@ def write_ensemble(
 ) -> None:
     """Start the artifact: how the outputs are combined, and each member's validation logits."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"mode": mode, **asdict(ensemble)}
+    document = {"mode": mode, **msgspec.to_builtins(ensemble)}
     (folder / "ensemble.json").write_text(json.dumps(document, indent=1) + "\n")
     np.save(folder / "val-members.npy", members)
 

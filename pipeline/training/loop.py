@@ -10,7 +10,6 @@ import pickle
 import shutil
 import signal
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from msgspec.structs import replace
 from safetensors.torch import save_file
 from tqdm import tqdm
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import onnx
 
@@ -44,7 +45,7 @@ _SCHEME = "per_tensor_histogram"
 def last_part(params: DistillParams) -> DistillParams:
     """The training on the grid: same losses, Adam and a cosine from its own learning rate to 0."""
     end = params.temperature if params.temperature_end is None else params.temperature_end
-    return replace(
+    return msgspec.structs.replace(
         params,
         epochs=params.epochs - float_part(params).epochs,
         optimizer="adamw",

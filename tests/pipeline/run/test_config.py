@@ -1,6 +1,5 @@
 import os
 import re
-from dataclasses import fields
 
 import pytest
 import yaml
@@ -44,12 +43,12 @@ def test_the_template_holds_every_key_and_says_the_truth_about_defaults(tmp_path
     tree = yaml.safe_load(text)
     for stage in ("distill", "calibrate", "compile", "benchmark"):
         assert template.params[stage] == defaults.params[stage]
-        assert set(tree[stage]) == {f.name for f in fields(template.params[stage])}
+        assert set(tree[stage]) == set(template.params[stage].__struct_fields__)
     ingest = template.params["ingest"]
-    assert set(tree["ingest"]) == set(vars(ingest))
-    assert set(tree["ingest"]["student"]) == set(vars(ingest.student))
-    assert set(tree["ingest"]["teachers"][0]) == set(vars(ingest.teachers[0]))
-    assert set(tree["ingest"]["data"]) == set(vars(ingest.data))
+    assert set(tree["ingest"]) == set(ingest.__struct_fields__)
+    assert set(tree["ingest"]["student"]) == set(ingest.student.__struct_fields__)
+    assert set(tree["ingest"]["teachers"][0]) == set(ingest.teachers[0].__struct_fields__)
+    assert set(tree["ingest"]["data"]) == set(ingest.data.__struct_fields__)
     assert ingest.max_mean_shift == defaults.params["ingest"].max_mean_shift
     for name in ("bad_patches", "on_leak", "cache", "format"):
         assert getattr(ingest.data, name) == getattr(defaults.params["ingest"].data, name)
@@ -76,6 +75,25 @@ def test_the_interpreter_of_the_sdk_is_relative_to_the_config_and_told_to_everyb
         ("distill: {epoch: 3}", r"unknown key 'distill\.epoch'; did you mean 'epochs'\?"),
         ("ingest: {teachers: [{pth: x}]}", r"unknown key 'ingest\.teachers\[0\]\.pth'.*'path'"),
         ("ingest: {data: {train: {row: 1}}}", r"'ingest\.data\.train\.row'; did you mean 'rows'"),
+        (
+            "ingest: {student: {bands: [0], percentile: 3}}",
+            r"unknown key 'ingest\.student\.percentile'; did you mean 'percentiles'",
+        ),
+        (
+            "distill: {features: [{student: a, techer: b}]}",
+            r"'distill\.features\[0\]\.techer'; .*'t",
+        ),
+        ("distill: {quantization_aware: {shere: 1}}", r"'distill\.quantization_aware\.shere'.*'sh"),
+        ("distill: {1: 2}", r"distill: expected `str`"),
+        ("distill: 3", r"distill: expected `object`, got `int`"),
+        (
+            "distill: {baselines: [no_teachr]}",
+            r"baselines\[0\]: invalid .*did you mean 'no_teacher",
+        ),
+        (
+            "calibrate: {ranges: {a: mse, b: mze}}",
+            r"ranges\.b: invalid .*'mze'; did you mean 'mse'",
+        ),
         ("distill: {epochs: many}", r"distill\.epochs: expected `int`, got `str`"),
         ("distill: {epochs: 0}", r"distill\.epochs: expected `int` >= 1"),
         ("distill: {temperature: 0}", r"distill\.temperature: expected `float` > 0"),

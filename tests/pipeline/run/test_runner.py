@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
@@ -13,25 +14,23 @@ from pipeline.run.config import Config
 from pipeline.run.errors import BusyError, InputError, StageError
 from pipeline.run.files import folder_files
 from pipeline.run.manifest import ManifestError
+from pipeline.run.parameters import PATH, UNKEYED, Params
 from pipeline.run.runner import Runner
-from pipeline.run.stage import Gate, GateError, Stage, path_field, unkeyed_field
+from pipeline.run.stage import Gate, GateError, Stage
 from pipeline.run.state import RunState
 
 
-@dataclass(frozen=True)
-class ReadParams:
-    file: str = path_field("contract.txt")
+class ReadParams(Params, frozen=True):
+    file: Annotated[str, PATH] = "contract.txt"
     suffix: str = ""
 
 
-@dataclass(frozen=True)
-class DoubleParams:
+class DoubleParams(Params, frozen=True):
     times: int = 2
-    limit: int = unkeyed_field(100)
+    limit: Annotated[int, UNKEYED] = 100
 
 
-@dataclass(frozen=True)
-class LastParams:
+class LastParams(Params, frozen=True):
     words: tuple[str, ...] = ()
 
 

@@ -1,22 +1,24 @@
-from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
 from pipeline.run.errors import ExtraMissingError, StageError, require_extra
-from pipeline.run.stage import Stage, keyed_params, order_stages, path_field, unkeyed_field
+from pipeline.run.parameters import PATH, UNKEYED, Params
+from pipeline.run.stage import Stage, order_stages
 from pipeline.stages import load_stages, stage_names
 
 
-@dataclass(frozen=True)
-class Params:
+class SomeParams(Params, frozen=True):
     value: int = 1
-    file: str = path_field("x.npz")
-    limit: float = unkeyed_field(1.0)
-    inner: tuple[int, ...] = field(default=(1, 2))
+    file: Annotated[str, PATH] = "x.npz"
+    limit: Annotated[float, UNKEYED] = 1.0
+    inner: tuple[int, ...] = (1, 2)
 
 
 def stage(inputs, *outputs):
-    return Stage(inputs=inputs, outputs={o: o for o in outputs}, params=Params, run=lambda j, p: {})
+    return Stage(
+        inputs=inputs, outputs={o: o for o in outputs}, params=SomeParams, run=lambda j, p: {}
+    )
 
 
 def test_the_files_are_the_stages_and_their_order_follows_from_names():
@@ -40,7 +42,7 @@ def test_an_input_nobody_makes_is_named():
 
 
 def test_file_names_and_limits_do_not_decide_what_a_stage_makes():
-    assert keyed_params(Params(file="other", limit=9.0)) == {"value": 1, "inner": [1, 2]}
+    assert SomeParams(file="other", limit=9.0).keyed() == {"value": 1, "inner": [1, 2]}
 
 
 def test_a_missing_extra_is_named_with_its_packages():

@@ -1,6 +1,7 @@
 import csv
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -353,7 +354,7 @@ def test_an_average_that_teaches_or_is_kept_follows_its_recurrence(tmp_path):
 def test_the_average_is_the_exponential_one(tmp_path):
     given = task(tmp_path)
     student = given.network()
-    module = Distillation(student, replace(given.params, ema_decay=0.8), 10, seed=0)
+    module = Distillation(student, msgspec.structs.replace(given.params, ema_decay=0.8), 10, seed=0)
     expected = None
     for step in range(4):
         with torch.no_grad():
