@@ -35,9 +35,13 @@ _WITH_SDK = ("voyager",)
 class BackendError(RuntimeError):
     """A backend could not quantize, run or compile a model."""
 
+    status = 1
+
 
 class BackendMissingError(BackendError):
     """What the backend needs is not installed here, or too old."""
+
+    status = 5
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ INTERPOLATIONS = ("nearest", "bilinear")
 class ContractError(ValueError):
     """A preprocessing.json, or a request made of it, that can't be honoured."""
 
+    status = 3
+
 
 @dataclass(frozen=True)
 class Scaling:

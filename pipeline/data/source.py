@@ -7,7 +7,6 @@ images are decoded when they are asked for.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import h5py
 import numpy as np
 
 from pipeline.run.errors import InputError
+from pipeline.run.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -127,15 +127,11 @@ def _write_copy(
     source: PatchSource, modality: str, bands: Sequence[int], path: Path, block: int
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
     height, width, _ = source.shape(modality)
     shape = (source.count, height, width, len(bands))
-    try:
+    with replacing(path) as partial:
         copy = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
         for start in range(0, source.count, block):
             rows = np.arange(start, min(start + block, source.count), dtype=np.int64)
             copy[start : start + len(rows)] = source.read(modality, rows, bands)
         copy.flush()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

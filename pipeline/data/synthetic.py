@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import h5py
 import numpy as np
 
+from pipeline.run.files import new_file
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -100,11 +102,14 @@ def write_so2sat(
         patches: how many; every class appears once 17 are asked for.
         seed: of everything random.
         progress: called with the number of patches just written.
+
+    Raises:
+        InputError: the file exists, or can't be written there.
     """
     random = np.random.default_rng(seed)
     cities = _Cities(random)
     labels = random.permutation(np.arange(patches) % CLASSES)
-    with h5py.File(path, "w") as file:
+    with new_file(path) as partial, h5py.File(partial, "w") as file:
         file.attrs[MARK] = f"kdpipe synth so2sat --patches {patches} --seed {seed}"
         sen1 = file.create_dataset("sen1", (patches, SIZE, SIZE, SAR_BANDS), np.float64)
         sen2 = file.create_dataset("sen2", (patches, SIZE, SIZE, len(OPTICAL_BANDS)), np.float64)

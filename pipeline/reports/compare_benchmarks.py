@@ -30,6 +30,8 @@ START_DEGREES = 5.0
 class IncomparableError(RuntimeError):
     """Two reports that measured different things; the message lists every difference."""
 
+    status = 4
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -250,6 +252,17 @@ def _resampled(
         chosen = blocks[random.integers(0, len(blocks), len(blocks))]
         results[draw] = statistic(chosen.reshape(-1))
     return results
+
+
+def compare_files(first: Path, second: Path) -> Iterator[str]:
+    """Compare two files report.json; lines for a terminal.
+
+    Raises:
+        InputError: one of them, or samples.npz beside it, is missing or not what it should be.
+        IncomparableError: they measured different things, or one may not be compared at all.
+    """
+    one, other = load_measured(first), load_measured(second)
+    yield from comparison_lines(one, other, compare_reports(one, other))
 
 
 def comparison_lines(first: Measured, second: Measured, ratios: list[Ratio]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from metis.operators.report import count_macs
 from pipeline.data.dataset import StudentData
 from pipeline.networks.inference import answers, reference_network
 from pipeline.reports.confusion import confusion, first_decisions, write_confusions, write_decisions
-from pipeline.run.errors import InputError
+from pipeline.run.errors import InputError, nearest
 from pipeline.run.manifest import load_manifest
 from pipeline.tasks.metrics import balanced_accuracy, expected_calibration_error, macro_f1, top1
 from pipeline.teachers.ensemble import combine
@@ -62,6 +62,29 @@ COLUMNS = {
 _WARM_UP = 5
 
 _QUERIES = 50
+
+
+def compare_runs(names: Iterable[str], root: Path, folder: Path) -> str:
+    """Measure every network of some runs, and write the tables; return the Markdown table.
+
+    Args:
+        names: of the runs.
+        root: of the project; its folder runs/ has them.
+        folder: to write into.
+
+    Raises:
+        InputError: there is no such run, it has no student, or the folder can't be written.
+    """
+    rows = []
+    for name in names:
+        if not (root / "runs" / name).is_dir():
+            runs = sorted(p.parent.name for p in (root / "runs").glob("*/manifest.json"))
+            raise InputError(f"there is no run {name!r}{nearest(name, runs)}")
+        rows += read_run(root / "runs" / name, root)
+    try:
+        return write_comparison(summarize(rows), folder)
+    except OSError as error:
+        raise InputError(f"can't write {folder}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

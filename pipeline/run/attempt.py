@@ -91,7 +91,6 @@ class Attempt:
     def work(self) -> tuple[StageRecord, dict[str, Artifact]]:
         """Run the stage function; check, digest and publish what it made."""
         parts = self._state.key_parts(self._name)
-        sources = self._stage.sources(self._params, self._state.config.root)
         inputs = {}
         for name in self._stage.inputs:
             artifact = self._state.artifact(name)
@@ -99,19 +98,13 @@ class Attempt:
             inputs[name] = self._state.folder / artifact.path
         outputs = {n: self._partial / file for n, file in self._stage.outputs.items()}
         manifest = self._state.manifest
-        job = Job(
-            run=self._state.config.run,
-            seed=self._state.config.seed,
+        job = replace(
+            _bare_job(self._state, self._name, self._warnings.append),
             inputs=Artifacts(inputs, f"inputs of {self._name}"),
             outputs=Artifacts(outputs, f"outputs of {self._name}"),
-            sources=sources,
             facts={n: r.facts for n, r in (manifest.stages if manifest else {}).items() if r.key},
-            progress=_progress,
-            warn=self._warnings.append,
             scratch=self._scratch(key_of(parts)),
             logs=self._log.with_suffix(""),
-            cache=self._state.config.root / "runs" / ".cache",
-            digest=self._digest,
             also_read=self._also_read,
         )
         with self._logging():
@@ -119,7 +112,8 @@ class Attempt:
         self._check_unchanged(parts)
         artifacts = self._publish()
         parts = self._state.key_parts(self._name)
-        parts["sources"] = {n: self._digest(p) for n, p in {**sources, **self._found}.items()}
+        sources = {**job.sources, **self._found}
+        parts["sources"] = {n: self._state.digests.path(p)[0] for n, p in sources.items()}
         record = replace(
             self.record,
             status="ok",
@@ -134,7 +128,7 @@ class Attempt:
             inputs=parts["inputs"],
             sources={
                 n: Source(self._state.shown(p), *self._state.digests.path(p))
-                for n, p in {**sources, **self._found}.items()
+                for n, p in sources.items()
             },
             outputs=list(artifacts),
             facts=msgspec.to_builtins(facts),
@@ -172,9 +166,6 @@ class Attempt:
     def _also_read(self, source: str, path: Path) -> None:
         beside = self._stage.sources(self._params, self._state.config.root)[source].parent
         self._found[f"{source}+{path.relative_to(beside).as_posix()}"] = path
-
-    def _digest(self, path: Path) -> str:
-        return self._state.digests.path(path)[0]
 
     def _check_unchanged(self, before: Mapping[str, Any]) -> None:
         now = self._state.key_parts(self._name)
@@ -246,38 +237,47 @@ class Attempt:
             handler.close()
 
 
-def job_outside_a_run(state: RunState, name: str, warn: Callable[[str], None]) -> Job:
-    """What a stage would be given, without a place to write to: for work that only fills caches.
-
-    Raises:
-        InputError: a source is missing.
-    """
-    params = state.config.params[name]
-    sources = state.stages[name].sources(params, state.config.root)
-    for source, path in sources.items():
-        if not path.exists():
-            raise InputError(f"source {source} of {name} is missing: {state.shown(path)}")
+def _bare_job(state: RunState, name: str, warn: Callable[[str], None]) -> Job:
+    """The job of a stage without artifacts to read and without a place to write to."""
+    config = state.config
     return Job(
-        run=state.config.run,
-        seed=state.config.seed,
+        run=config.run,
+        seed=config.seed,
+        folder=state.folder,
         inputs=Artifacts({}, "inputs of work outside a run"),
         outputs=Artifacts({}, "outputs of work outside a run"),
-        sources=sources,
+        sources=state.stages[name].sources(config.params[name], config.root),
         facts={},
-        progress=_progress,
+        progress=progress_bar,
         warn=warn,
         scratch=state.folder / "scratch" / f"{name}-outside",
         logs=state.folder / "logs",
-        cache=state.config.root / "runs" / ".cache",
+        cache=config.root / "runs" / ".cache",
         digest=lambda path: state.digests.path(path)[0],
         also_read=lambda source, path: None,
     )
 
 
-def _progress(what: str, total: int) -> tqdm[Any]:
+@contextmanager
+def job_outside_a_run(state: RunState, name: str, warn: Callable[[str], None]) -> Iterator[Job]:
+    """The job of a stage for work that only fills caches; remembers digests when the block ends.
+
+    Raises:
+        InputError: a source is missing, or the stage is not ready for another reason.
+    """
+    job = _bare_job(state, name, warn)
+    for source, path in job.sources.items():
+        if not path.exists():
+            raise InputError(f"source {source} of {name} is missing: {state.shown(path)}")
+    state.stages[name].ready(state.config.params[name])
+    yield job
+    state.digests.save()
+
+
+def progress_bar(what: str, total: int) -> tqdm[Any]:
+    """A bar on stderr; nothing where that is no terminal."""
     from tqdm import tqdm
 
-    # disable=None: no bar where stderr is not a terminal.
     return tqdm(total=total, desc=what, disable=None, leave=False, file=sys.stderr)
 
 

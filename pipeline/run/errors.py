@@ -1,4 +1,25 @@
-"""Errors that users can cause, and the words that messages share."""
+"""Errors that users can cause, each with the exit status it ends with, and shared wording.
+
+Every error that a user can cause carries `status` as a class attribute, wherever it is defined; the
+command line prints its message as one line and ends with it (CONVENTIONS.md 1.2):
+
+    ValueError
+      ContractError       preprocessing/contract.py      3
+      ConfigError         here                           2
+      InputError          here                           3
+      BusyError           here                           3
+      ManifestError       pipeline/run/manifest.py       3
+    RuntimeError
+      StageError          here                           1
+        KdbenchError      pipeline/delivery/device_run.py  that of kdbench.py
+      ExtraMissingError   here                           5
+      ParityError         here                           4
+      RefusedError        here                           4
+      GateError           here                           4, or 7 for the benchmark's verdict
+      IncomparableError   pipeline/reports/compare_benchmarks.py  4
+      BackendError        metis/backend.py               1
+        BackendMissingError                              5
+"""
 
 from __future__ import annotations
 
@@ -13,13 +34,33 @@ if TYPE_CHECKING:
 class ParityError(RuntimeError):
     """What was trained is not what is deployed."""
 
+    status = 4
+
 
 class RefusedError(RuntimeError):
     """The chip can't run a graph, and no exact rewrite changes that."""
 
+    status = 4
+
+
+class GateError(RuntimeError):
+    """A gate said no; `status` is the exit status for it."""
+
+    status = 4
+
+    def __init__(self, stage: str, gate: str, message: str, status: int) -> None:
+        """Say which gate of which stage."""
+        super().__init__(
+            f"{stage}: gate {gate} did not pass: {message}\n"
+            f"  what was made stays; to go on all the same: --allow gate={gate}"
+        )
+        self.status = status
+
 
 class ConfigError(ValueError):
     """Words in kdpipe.yaml or on the command line that don't fit."""
+
+    status = 2
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -34,6 +75,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 class BusyError(ValueError):
     """Another process works on the run folder."""
 
+    status = 3
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
@@ -42,13 +85,19 @@ class Terminated(KeyboardInterrupt):
 class StageError(RuntimeError):
     """A stage could not do its work, although what it was given is sound."""
 
+    status = 1
+
 
 class InputError(ValueError):
     """Something a stage was given is missing, damaged, or contradicts the rest."""
 
+    status = 3
+
 
 class ExtraMissingError(RuntimeError):
     """A package of an optional extra is needed and not installed."""
+
+    status = 5
 
 
 def require_extra(extra: str, *packages: str) -> None:

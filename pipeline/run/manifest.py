@@ -21,6 +21,8 @@ SCHEMA = 1
 class ManifestError(ValueError):
     """A manifest, or an artifact it names, is not as it was left."""
 
+    status = 3
+
 
 @dataclass(frozen=True)
 class Artifact:

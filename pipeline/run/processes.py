@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.run.files import replacing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -73,9 +75,8 @@ def announced(folder: Path, tasks: bytes) -> Iterator[None]:
     """
     file, _ = _files(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(tasks)
-    partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_bytes(tasks)
     before = {name: os.environ.get(name) for name in _LIGHTNINGS}
     os.environ[TASKS] = str(file)
     try:

@@ -8,12 +8,12 @@ import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from metis.backend import BackendError
 from pipeline.run.attempt import Attempt, timestamp
 from pipeline.run.environment import describe_environment, installed
-from pipeline.run.errors import BusyError, ExtraMissingError, InputError, StageError
+from pipeline.run.errors import BusyError, ExtraMissingError, GateError, InputError, StageError
 from pipeline.run.files import write_atomically
 from pipeline.run.manifest import (
     SCHEMA,
@@ -25,15 +25,13 @@ from pipeline.run.manifest import (
     ManifestError,
     StageRecord,
 )
-from pipeline.run.stage import GateError
 from pipeline.run.state import HOLDER_FILE, RunState
 from preprocessing.contract import ContractError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from pipeline.run.config import Config
-    from pipeline.run.stage import Gate, Stage
+    from pipeline.run.stage import Gate
 
 
 #: What a user's own files can cause. Nothing was made, so the manifest stays as it was.
@@ -51,17 +49,16 @@ class Runner:
 
     def __init__(
         self,
-        config: Config,
-        stages: Mapping[str, Stage[Any]],
+        state: RunState,
         *,
         echo: Callable[[str], None] = lambda line: None,
         debug: bool = False,
     ) -> None:
-        """Read the run folder; `echo` gets a line per event, `debug` keeps what failed."""
-        self.state = RunState(config, stages)
-        self.config = config
-        self.stages = stages
-        self.folder = config.folder
+        """Take over a run folder; `echo` gets a line per event, `debug` keeps what failed."""
+        self.state = state
+        self.config = state.config
+        self.stages = state.stages
+        self.folder = state.folder
         self._echo = echo
         self._debug = debug
 
@@ -95,7 +92,7 @@ class Runner:
             states[name].state != "fresh" or self._rejudged(name, allow) for name in selected
         ):
             self._check_ready([n for n in selected if force or states[n].state != "fresh"])
-            self.require_inputs(selected[0])
+            self.state.require_inputs(selected[0])
             return self._run_locked(selected, force, allow)
         for name in selected:  # nothing to do takes no lock and writes nothing
             self._echo(f"{name:<10} fresh    {states[name].reason}")
@@ -122,7 +119,7 @@ class Runner:
             self.state = RunState(self.config, self.stages)
             for name in selected:
                 state = self.state.examine()[name]
-                self.require_inputs(name)
+                self.state.require_inputs(name)
                 if state.state == "fresh" and not force:
                     self._echo(f"{name:<10} fresh    {state.reason}")
                 else:
@@ -156,25 +153,6 @@ class Runner:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
-
-    def require_inputs(self, name: str) -> None:
-        """Refuse to run a stage whose inputs are missing, stale or damaged; say what makes them."""
-        states = self.state.examine()
-        for needed in self.stages[name].inputs:
-            maker = self.state.maker[needed]
-            cure = f"  {maker} makes it:  kdpipe run --stage {maker}"
-            if self.state.artifact(needed) is None:
-                manifest = self.state.shown(self.folder / "manifest.json")
-                raise InputError(
-                    f"{name} needs {needed!r}, which {manifest} does not have.\n{cure}"
-                )
-            if problem := self.state.damage(needed):
-                raise ManifestError(f"{problem}.\n{cure}")
-            if not states[maker].usable:
-                raise InputError(
-                    f"{name} needs {needed!r}, but {maker} is {states[maker].state}: "
-                    f"{states[maker].reason}.\n{cure}"
-                )
 
     def _execute(self, name: str, reason: str) -> None:
         attempt = Attempt(self.state, name, self._echo, keep=self._debug)
@@ -299,7 +277,7 @@ class Runner:
     def _refuse(self, name: str, allow: Mapping[str, str]) -> None:
         for gate in self._gates(name):
             if not gate.passed and gate.name not in allow:
-                raise GateError(name, gate)
+                raise GateError(name, gate.name, gate.message, gate.status)
             if not gate.passed:
                 self._echo(f"{name:<10} allowed  gate {gate.name}: {gate.message}")
 

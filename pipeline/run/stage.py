@@ -33,24 +33,13 @@ class Gate:
     status: int = 4  # exit status of a no
 
 
-class GateError(RuntimeError):
-    """A gate said no; `status` is the exit status for it."""
-
-    def __init__(self, stage: str, gate: Gate) -> None:
-        """Say which gate of which stage."""
-        super().__init__(
-            f"{stage}: gate {gate.name} did not pass: {gate.message}\n"
-            f"  what was made stays; to go on all the same: --allow gate={gate.name}"
-        )
-        self.status = gate.status
-
-
 @dataclass(frozen=True)
 class Job:
     """Everything a stage function may touch."""
 
     run: str  # name of the run
     seed: int
+    folder: Path  # of the run
     inputs: Artifacts  # of earlier stages, verified: those that `Stage.inputs` names
     outputs: Artifacts  # where to write: those that `Stage.outputs` names
     sources: Mapping[str, Path]  # the user's files, as `Stage.sources` named them

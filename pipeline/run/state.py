@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import Artifacts
 from pipeline.run.digests import Digests
 from pipeline.run.environment import installed
-from pipeline.run.manifest import load_manifest
+from pipeline.run.errors import InputError
+from pipeline.run.manifest import ManifestError, load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -82,6 +83,30 @@ class RunState:
         if self.manifest is None:
             return Artifacts({}, f"artifacts of run {self.config.run}")
         return self.manifest.paths(self.folder)
+
+    def require_inputs(self, stage: str) -> None:
+        """Refuse a stage whose inputs are missing, stale or damaged.
+
+        Raises:
+            InputError: an input is missing, or the stage that makes it would have to run again.
+            ManifestError: an input was changed since it was made.
+        """
+        states = self.examine()
+        for needed in self.stages[stage].inputs:
+            maker = self.maker[needed]
+            cure = f"  {maker} makes it:  kdpipe run --stage {maker}"
+            if self.artifact(needed) is None:
+                manifest = self.shown(self.folder / "manifest.json")
+                raise InputError(
+                    f"{stage} needs {needed!r}, which {manifest} does not have.\n{cure}"
+                )
+            if problem := self.damage(needed):
+                raise ManifestError(f"{problem}.\n{cure}")
+            if not states[maker].usable:
+                raise InputError(
+                    f"{stage} needs {needed!r}, but {maker} is {states[maker].state}: "
+                    f"{states[maker].reason}.\n{cure}"
+                )
 
     def examine(self) -> dict[str, Examination]:
         """The state of every stage, in order."""

@@ -11,11 +11,9 @@ from pipeline.run.errors import InputError
 from pipeline.run.stage import Facts, Gate, Job, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     from metis.backend import QuantizedModel
-    from pipeline.artifacts import Artifacts
     from pipeline.calibration.recipe import Calibrated, Recipe
     from pipeline.data.dataset import StudentData
 
@@ -156,53 +154,6 @@ def _examined(
             )
         facts["worst_layers"] = found[: study.WORST]
     return facts
-
-
-def curve(
-    inputs: Artifacts,
-    params: CalibrateParams,
-    seed: int,
-    sizes: Collection[int],
-    progress: Callable[[int], object],
-) -> Iterator[dict[str, Any]]:
-    """What int8 keeps of the student, by number of samples; see `pipeline.calibration.study.curve`.
-
-    Args:
-        inputs: the artifacts that calibrate reads.
-        params: the section `calibrate`; its `samples` does not count.
-        seed: of the choice of samples.
-        sizes: numbers of samples.
-        progress: called with the number of samples just done.
-
-    Raises:
-        InputError: the training split has fewer different patches than the largest size, or a
-            file gives the ranges.
-    """
-    if params.ranges_file:
-        raise InputError(
-            "calibrate.ranges_file has the range of every tensor, whatever the number of samples; "
-            "for the curve leave it out: --set calibrate.ranges_file=null"
-        )
-    from pipeline.calibration import study
-    from pipeline.calibration.recipe import recipe_of
-    from pipeline.calibration.samples import choose_samples
-    from pipeline.data.dataset import StudentData
-    from pipeline.networks.inference import reference_logits
-
-    data = StudentData(inputs)
-    unfit = json.loads(inputs.unfit.read_text())
-    indices = choose_samples(data.train, max(sizes), data.classes, seed, unfit, "--sizes").indices
-    val = data.val.spread(study.COMPARED)
-    frames = data.tensors(val)
-    exact = reference_logits(inputs.student, frames)
-    yield from study.curve(
-        inputs.student,
-        lambda part: data.tensors(data.train, indices[part]),
-        sizes,
-        recipe_of(params),
-        (frames, exact, val.labels),
-        progress,
-    )
 
 
 def gates(params: CalibrateParams, facts: Facts) -> list[Gate]:

@@ -34,7 +34,7 @@ def run(job: Job, params: DistillParams) -> Facts:
     if params.quantization_aware.share:
         tasks["student"] = replace(tasks["student"], params=float_part(params))
     operators = _check_operators(job, params, tasks["student"])
-    found = train_all(list(tasks.values()), job.scratch.parents[1], job.progress)
+    found = train_all(list(tasks.values()), job.folder, job.progress)
     training = job.outputs.training
     training.mkdir()
     facts: dict[str, Facts] = {}
@@ -85,7 +85,7 @@ def _last_part(job: Job, params: DistillParams, before: Task, trained: Facts) ->
     tasks = {"after": start.task(before, params, "quantization_aware", on_grid=True)}
     if params.quantization_aware.control:
         tasks["control"] = start.task(before, params, "control", on_grid=False)
-    found = train_all(list(tasks.values()), job.scratch.parents[1], job.progress)
+    found = train_all(list(tasks.values()), job.folder, job.progress)
     facts: dict[str, Facts] = {"before": {**first, "int8": start.int8_facts(before, folded)}}
     for (name, task), trained in zip(tasks.items(), found, strict=True):
         onnx = job.outputs.student if name == "after" else training / f"{name}.onnx"

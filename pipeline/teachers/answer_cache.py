@@ -9,7 +9,6 @@ asked twice.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,6 +20,7 @@ import numpy as np
 from pipeline.data.prefetch import prefetched
 from pipeline.data.source import pick_bands
 from pipeline.data.views import take_view
+from pipeline.run.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,13 +132,8 @@ class Labelling:
             for view in range(views)
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, *(np.stack(same) for same in zip(*per_view, strict=True)))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, *(np.stack(same) for same in zip(*per_view, strict=True)))
 
 
 @dataclass(frozen=True)

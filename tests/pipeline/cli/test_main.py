@@ -1,123 +1,107 @@
-import hashlib
-import json
+"""The command line as a whole: its help, its words, its errors."""
+
 import subprocess
 import sys
-from pathlib import Path
 
+import click
 import pytest
 
-from pipeline.run.files import folder_files
+from pipeline.cli.main import COMMANDS, RENAMED, commands, main
+from pipeline.run.errors import GateError, InputError
 
 
-def checksum(folder):
-    digest = hashlib.sha256()
-    for path in folder_files(folder):
-        digest.update(f"{path}{path.stat().st_mtime_ns}".encode() + path.read_bytes())
-    return digest.hexdigest()
+def invoke(monkeypatch, capsys, *words):
+    """Exit status and stderr of a command in this process."""
+    monkeypatch.setattr("sys.argv", ["kdpipe", *words])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    return ending.value.code, capsys.readouterr().err
 
 
-def test_a_dry_run_writes_nothing_and_tells_all(finished, project):
-    before = checksum(finished.root)
-    result = finished.kdpipe(
-        "run", "--from", "distill", "--to", "compile", "--dry-run", "--set", "distill.epochs=3"
-    )
-    assert checksum(finished.root) == before
-    assert result.returncode == 0
-    distill, calibrate, compiled = result.stdout.splitlines()
-    assert distill.startswith("distill    run   stale: epochs was 2, now 3")
-    assert "(last time " in distill
-    assert "teaching " in distill
-    assert calibrate.startswith("calibrate  run   stale: distill comes first and is stale: ")
-    assert compiled.startswith("compile    run")
-    project_before = checksum(project.root)
-    assert project.kdpipe("run", "--dry-run").returncode == 0
-    assert checksum(project.root) == project_before
+def every_command():
+    context = click.Context(commands)
+    for name in COMMANDS:
+        command = commands.get_command(context, name)
+        yield command
+        yield from getattr(command, "commands", {}).values()
 
 
-def test_a_dry_run_for_programs(finished):
-    document = json.loads(finished.kdpipe("run", "--dry-run", "--json").stdout)
-    assert document["plan"][0]["stage"] == "ingest"
-    assert {row["action"] for row in document["plan"]} == {"skip"}
-    assert len(document["plan"][1]["inputs"]["dataset"]) == 64
+def test_the_list_of_commands_says_what_each_says_of_itself():
+    context = click.Context(commands)
+    for name, (_, line) in COMMANDS.items():
+        command = commands.get_command(context, name)
+        assert command.name == name
+        assert command.get_short_help_str(limit=100) == line
 
 
-def test_why_gives_every_reason_in_full(finished):
-    old = finished.manifest["contract"]["sha256"]
-    finished.edit_contract("note", to="changed")
-    new = hashlib.sha256((finished.root / "preprocessing.json").read_bytes()).hexdigest()
-    for stage in ("ingest", "benchmark"):
-        lines = finished.kdpipe("status", "--why", stage).stdout.splitlines()
-        assert lines[0] == f"{stage} is stale"
-        assert f"  preprocessing.json was {old}, now {new}" in lines
-    assert set(finished.states().values()) == {"stale"}
+def test_every_command_takes_debug():
+    for command in every_command():
+        if not isinstance(command, click.Group):
+            assert "--debug" in [o for p in command.params for o in p.opts], command.name
 
 
-def test_only_what_a_change_concerns_is_stale(finished):
-    assert stale(finished, "compile.aipu_cores=2") == ["compile", "benchmark"]
-    assert stale(finished, "benchmark.min_queries=80") == ["benchmark"]
-    assert stale(finished, "calibrate.max_int8_loss=40") == []
-    text = (finished.root / "kdpipe.yaml").read_text().splitlines()
-    index = text.index("seed: 3")
-    text[index], text[index - 1] = text[index - 1] + "  # a comment", text[index]
-    (finished.root / "kdpipe.yaml").write_text("\n".join(text) + "\n")
-    assert stale(finished, "seed=3") == []
+@pytest.mark.parametrize("words", [["--debug", "status"], ["status", "--debug"]])
+def test_debug_shows_the_traceback_and_keeps_the_status(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, shown = invoke(monkeypatch, capsys, *words)
+    assert status == 2
+    assert shown.startswith("Traceback")
+    assert shown.splitlines()[-1].startswith("Error: kdpipe.yaml does not exist")
+    status, shown = invoke(monkeypatch, capsys, "status")
+    assert (status, len(shown.splitlines())) == (2, 1)
 
 
-def stale(project, change):
-    document = json.loads(project.kdpipe("status", "--json", "--set", change).stdout)
-    return [name for name, entry in document["stages"].items() if entry["state"] != "fresh"]
+class AnswerError(Exception):
+    """As HTTP libraries have them."""
+
+    def __init__(self):
+        super().__init__("not found")
+        self.status = 404
 
 
-def test_more_aipu_cores_are_a_bigger_batch_with_the_same_answers(finished):
-    before = json.loads((finished.artifact("benchmark_report") / "report.json").read_text())
-    result = finished.kdpipe("run", "--set", "compile.aipu_cores=4")
-    assert result.returncode == 0
-    assert [line.split()[0] for line in result.stderr.splitlines() if " runs " in line] == [
-        "compile",
-        "benchmark",
-    ]
-    after = json.loads((finished.artifact("benchmark_report") / "report.json").read_text())
-    assert after["measurement"]["batch"] == 4
-    assert after["measurement"]["top1_test"]["value"] == before["measurement"]["top1_test"]["value"]
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (InputError("no file"), 3, "Error: no file\n"),
+        (GateError("calibrate", "int8_loss", "too much", 4), 4, "Error: calibrate: gate int8_loss"),
+        (
+            GateError("benchmark", "verdict", "too short", 7),
+            7,
+            "Error: benchmark: gate verdict did",
+        ),
+        (AnswerError(), 1, "Error: AnswerError: not found\n  this is a bug in kdpipe; --debug"),
+    ],
+)
+def test_an_error_carries_its_exit_status(error, status, shown, monkeypatch, capsys):
+    def fail(*words, **options):
+        raise error
+
+    monkeypatch.setattr(commands, "main", fail)
+    ended, text = invoke(monkeypatch, capsys)
+    assert ended == status
+    assert text.startswith(shown)
 
 
-def test_another_run_name_is_another_folder(project):
-    assert project.kdpipe("run", "--run", "second", "--stage", "ingest").returncode == 0
-    assert (project.root / "runs" / "second" / "manifest.json").exists()
-    assert not project.folder.exists()
+def test_a_misspelt_command_names_the_nearest(monkeypatch, capsys):
+    status, shown = invoke(monkeypatch, capsys, "verfy")
+    assert (status, shown) == (2, "Error: there is no command 'verfy'; did you mean 'verify'?\n")
 
 
-def test_a_stage_alone_runs_alone(finished):
-    result = finished.kdpipe("run", "--stage", "compile", "--force")
-    assert result.returncode == 0
-    assert [line.split()[0] for line in result.stderr.splitlines() if " runs " in line] == [
-        "compile"
-    ]
+def test_an_old_word_still_works_and_says_so(monkeypatch, capsys):
+    assert RENAMED == {"calibrate": "curve"}
+    status, shown = invoke(monkeypatch, capsys, "calibrate", "--sizes=1")
+    assert status == 2
+    first, second = shown.splitlines()
+    assert first.startswith("`kdpipe calibrate` is now called `kdpipe curve`")
+    assert second.startswith("Error: --sizes '1': write numbers from 2 on")
+    assert "calibrate " not in commands.get_help(click.Context(commands))
 
 
-def test_doctor_tells_versions_and_what_is_missing(project):
-    result = project.kdpipe("doctor")
-    assert result.returncode == 0
-    assert "onnxruntime" in result.stdout
-    assert "axelera-devkit   not installed" in result.stdout
-    document = json.loads(project.kdpipe("doctor", "--json").stdout)
-    assert document["backends"]["emulator"].startswith("available: onnxruntime ")
-    assert document["backends"]["voyager"].startswith("not available: the Voyager SDK is not")
-
-
-def test_init_writes_a_config_that_is_ready_to_edit(tmp_path):
-    kdpipe = Path(sys.executable).parent / "kdpipe"
-    command = [kdpipe, "init", "my-project"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "wrote my-project/kdpipe.yaml" in result.stdout
-    dry = subprocess.run(
-        [kdpipe, "run", "--dry-run"],
-        cwd=tmp_path / "my-project",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert dry.stdout.splitlines()[0] == "ingest     run   missing: it never ran"
+@pytest.mark.parametrize("words", [[], ["synth"]])
+def test_no_word_at_all_is_help(words, monkeypatch, capsys):
+    status, shown = invoke(monkeypatch, capsys, *words)
+    assert status == 2
+    assert shown.startswith("Usage: ")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"]])

@@ -11,12 +11,12 @@ from typing import Annotated
 import pytest
 
 from pipeline.run.config import Config
-from pipeline.run.errors import BusyError, InputError, StageError
+from pipeline.run.errors import BusyError, GateError, InputError, StageError
 from pipeline.run.files import folder_files
 from pipeline.run.manifest import ManifestError
 from pipeline.run.parameters import PATH, UNKEYED, Params
 from pipeline.run.runner import Runner
-from pipeline.run.stage import Gate, GateError, Stage
+from pipeline.run.stage import Gate, Stage
 from pipeline.run.state import RunState
 
 
@@ -112,7 +112,7 @@ class Bench:
 
     def run(self, *names, **options):
         self.does.ran.clear()
-        runner = Runner(self.config, self.stages, echo=self.lines.append)
+        runner = Runner(RunState(self.config, self.stages), echo=self.lines.append)
         runner.run(names or list(self.stages), **options)
         return list(self.does.ran)
 
@@ -488,7 +488,7 @@ def test_a_second_process_is_refused_with_the_firsts_pid(bench):
 
     def second(job):
         with pytest.raises(BusyError, match="runs/r is in use by another kdpipe"):
-            Runner(bench.config, bench.stages).run(["read"], force=True)
+            Runner(RunState(bench.config, bench.stages)).run(["read"], force=True)
 
     bench.does.before_double = second
     assert bench.run() == ["double", "last"]

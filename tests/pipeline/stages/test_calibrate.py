@@ -192,11 +192,11 @@ def test_ranges_can_be_edited_and_used_again(finished):
     refused = rerun(finished, "--set", "calibrate.observer=mse")
     assert refused.returncode == 3
     assert "calibrate.ranges and calibrate.observer change nothing" in refused.stderr
-    refused = finished.kdpipe("calibrate", "--sizes", "4")
+    refused = finished.kdpipe("curve", "--sizes", "4")
     assert refused.returncode == 3
     assert "--set calibrate.ranges_file=null" in refused.stderr
     leave_out = ("--set", "calibrate.ranges_file=null")
-    assert finished.kdpipe("calibrate", "--sizes", "4", *leave_out).returncode == 0
+    assert finished.kdpipe("curve", "--sizes", "4", *leave_out).returncode == 0
 
 
 def test_a_tensor_may_have_another_observer_or_a_given_range(finished):
@@ -245,16 +245,16 @@ def test_options_show_what_they_gain(finished):
 
 def test_the_curve_of_sample_sizes_writes_nothing(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*")}
-    found = finished.kdpipe("calibrate", "--sizes", "4,32,16", "--json")
+    found = finished.kdpipe("curve", "--sizes", "4,32,16", "--json")
     assert found.returncode == 0, found.stderr
     rows = json.loads(found.stdout)["curve"]
     assert [row["samples"] for row in rows] == [4, 16, 32]
     assert rows[-1]["sqnr_db"] == pytest.approx(calibrated(finished)["logits_sqnr_db"], abs=0.01)
     assert rows[0]["sqnr_db"] != rows[-1]["sqnr_db"]
     assert {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*")} == before
-    assert "host-emulation" in finished.kdpipe("calibrate", "--sizes", "4").stdout
-    assert finished.kdpipe("calibrate", "--sizes", "many").returncode == 2
-    too_many = finished.kdpipe("calibrate", "--sizes", "2000")
+    assert "host-emulation" in finished.kdpipe("curve", "--sizes", "4").stdout
+    assert finished.kdpipe("curve", "--sizes", "many").returncode == 2
+    too_many = finished.kdpipe("curve", "--sizes", "2000")
     assert too_many.returncode == 3
     assert "--sizes is 2000, but the training split has only" in too_many.stderr
 

@@ -1,0 +1,29 @@
+"""`--debug`: an option of every command, and where the command line looks for it afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+
+@dataclass
+class Switches:
+    """What a user asked of the whole command line; click carries it as the context's object."""
+
+    debug: bool = False
+
+
+def _switch(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+    if given:
+        context.ensure_object(Switches).debug = True
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    is_eager=True,  # before other words can be wrong
+    expose_value=False,
+    callback=_switch,
+    help="Show the traceback of an error; keep what a failed stage left.",
+)
