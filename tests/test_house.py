@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kdpipe
 import metis
 import pipeline
 import preprocessing
@@ -21,7 +22,7 @@ def tracked():
 
 
 def test_the_packages_are_ours():
-    for package in (metis, pipeline, preprocessing):
+    for package in (kdpipe, metis, pipeline, preprocessing):
         assert Path(package.__file__).parent.parent == ROOT
 
 
@@ -39,7 +40,9 @@ def test_no_file_is_a_drawer():
 
 def rooms():
     """Folders of source files."""
-    return sorted({p.parent for name in ("metis", "pipeline") for p in (ROOT / name).rglob("*.py")})
+    return sorted(
+        {p.parent for name in ("kdpipe", "metis", "pipeline") for p in (ROOT / name).rglob("*.py")}
+    )
 
 
 def test_every_room_says_what_it_is_for():
@@ -71,7 +74,7 @@ def test_constraints_name_packages_and_versions_only():
 def test_what_travels_imports_nothing_of_kdpipe_but_preprocessing():
     for path in (*(ROOT / "deploy").glob("*.py"), *(ROOT / "preprocessing").glob("*.py")):
         imports = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
-        assert not {"metis", "pipeline"} & set(imports), path
+        assert not {"kdpipe", "metis", "pipeline"} & set(imports), path
 
 
 def test_declaring_every_stage_loads_nothing_heavy():

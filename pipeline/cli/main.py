@@ -97,7 +97,7 @@ def main() -> None:
     switches = Switches()
     try:
         # click returns what a command gave to ctx.exit.
-        sys.exit(commands.main(standalone_mode=False, obj=switches) or 0)
+        sys.exit(commands.main(prog_name="kdpipe", standalone_mode=False, obj=switches) or 0)
     except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # from click 8.2 on
         click.echo(error.format_message(), err=True)
         sys.exit(2)
