@@ -110,7 +110,7 @@ def every_command(group=commands, before=""):
 def test_every_command_is_documented_with_its_options():
     text = sections(ROOT / "docs" / "commands.md")
     known = dict(every_command())
-    assert sorted(re.findall(r"^\| \[`(.*?)`\]", text["Commands"], re.MULTILINE)) == sorted(known)
+    assert re.findall(r"^\| \[`(.*?)`\]", text["Commands"], re.MULTILINE) == list(known)
     for name, options in known.items():
         said = [row[0] for row in rows(text[name])]
         said += re.findall(r"^Also: .*", text[name], re.MULTILINE)
@@ -121,9 +121,9 @@ def test_every_command_is_documented_with_its_options():
 def test_commands_that_are_printed_exist(path):
     known = dict(every_command())
     for line in code(path.read_text()):
-        program, *words = shlex.split(line, comments=True) or [""]
-        if program != "kdpipe" or words in ([], ["--help"], ["COMMAND", "--help"]):
+        if not re.match("kdpipe [a-z]", line):
             continue
+        words = shlex.split(line, comments=True)[1:]
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         names = {words[0], " ".join(words[:2])} & set(known)
         assert any(given <= known[name] for name in names), line
