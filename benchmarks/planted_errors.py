@@ -27,6 +27,7 @@ from pipeline.data.dataset import StudentData
 from pipeline.networks.inference import reference_logits
 from pipeline.params.benchmark import Limits
 from pipeline.parity.images import image_legs
+from pipeline.parity.legs import judge
 from pipeline.run.manifest import load_manifest
 from preprocessing.images import class_folders, read_png, write_png
 
@@ -162,7 +163,7 @@ def look(
         if plant is not None:
             plant(place)
         legs = image_legs(data, copy, run)
-        by_parity = any(leg.judge(LIMITS)[1] is False for leg in legs)
+        by_parity = any(judge(leg, LIMITS).passed is False for leg in legs)
         trained = reference_logits(artifacts.student, data.tensors(val, slice(1)))
         try:
             tensor = Pipeline(place.yaml.read_text()).tensor(read_png(images[0])[None])

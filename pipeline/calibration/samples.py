@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.data.dataset import class_histogram
+from pipeline.facts import CalibrationSetFacts
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,13 +124,8 @@ def _shares(sizes: list[int], count: int) -> list[int]:
     return shares
 
 
-def write_samples(path: Path, data: StudentData, choice: Choice) -> dict[str, Any]:
-    """Write samples.npy, float32 (N, 1, C, H, W), block by block; describe it.
-
-    Returns:
-        Split, number, class histogram, how many patches were left out and why, rows in order, and
-        the digest of the tensors' bytes.
-    """
+def write_samples(path: Path, data: StudentData, choice: Choice) -> CalibrationSetFacts:
+    """Write samples.npy, float32 (N, 1, C, H, W), block by block; describe it."""
     train, indices = data.train, choice.indices
     shape = (len(indices), 1, len(data.student_input.bands), *data.student_input.size_hw)
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
@@ -139,11 +135,10 @@ def write_samples(path: Path, data: StudentData, choice: Choice) -> dict[str, An
         file[start : start + len(block), 0] = block
         digest.update(np.ascontiguousarray(block).tobytes())
     file.flush()
-    return {
-        "split": "train",
-        "samples": len(indices),
-        "classes": class_histogram(train.labels[indices], data.classes),
-        "left_out": {words: len(rows) for words, rows in choice.left_out.items()},
-        "rows": train.rows[indices].tolist(),
-        "sha256": digest.hexdigest(),
-    }
+    return CalibrationSetFacts(
+        split="train",
+        samples=len(indices),
+        classes=tuple(class_histogram(train.labels[indices], data.classes)),
+        left_out={words: len(rows) for words, rows in choice.left_out.items()},
+        sha256=digest.hexdigest(),
+    )

@@ -5,32 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from metis.backend import BackendError, BackendMissingError, QuantizedModel
+from pipeline.facts import ComparisonFacts, SchemeFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
 
-#: What the table of schemes says of each.
-COLUMNS = ("top1_val_int8", "int8_loss_points", "top1_agreement", "logits_sqnr_db")
-
 log = logging.getLogger("kdpipe")
 
 
 def quantize_best(
     quantize: Callable[[str, Path], QuantizedModel],
-    measure: Callable[[QuantizedModel], dict[str, Any]],
+    measure: Callable[[QuantizedModel], ComparisonFacts],
     schemes: Sequence[str],
     into: Path,
-) -> tuple[QuantizedModel, dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[QuantizedModel, ComparisonFacts, tuple[SchemeFacts, ...]]:
     """The model of the scheme with the best top-1; of equal ones, that with the best SQNR.
 
     Args:
         quantize: (scheme, folder to make) -> model.
-        measure: figures of a model, `COLUMNS` among them.
+        measure: figures of a model.
         schemes: to try, in this order.
         into: folder that gets the best model.
 
@@ -40,33 +38,43 @@ def quantize_best(
     Raises:
         BackendError: every scheme was refused; the words are of the first.
     """
-    rows: list[dict[str, Any]] = []
-    made: dict[str, dict[str, Any]] = {}
-    refused: list[BackendError] = []
+    made: dict[str, ComparisonFacts] = {}
+    refused: dict[str, BackendError] = {}
     for scheme in schemes:
         folder = into.with_name(f"{into.name}.{scheme}")
         try:
-            figures = measure(quantize(scheme, folder))
+            made[scheme] = measure(quantize(scheme, folder))
         except BackendMissingError:
             raise
         except BackendError as error:
             log.warning("scheme %s: %s", scheme, error)
-            refused.append(error)
-            rows.append({"scheme": scheme, "refused": str(error)})
-            continue
-        made[scheme] = figures
-        rows.append({"scheme": scheme, **{name: figures[name] for name in COLUMNS}})
+            refused[scheme] = error
     if not made:
-        raise refused[0]
+        raise next(iter(refused.values()))
     best = max(made, key=lambda scheme: _quality(made[scheme]))
     into.with_name(f"{into.name}.{best}").rename(into)
     for scheme in schemes:
         shutil.rmtree(into.with_name(f"{into.name}.{scheme}"), ignore_errors=True)
-    for row in rows:
-        row["chosen"] = row["scheme"] == best
-    return QuantizedModel.load(into), made[best], rows
+    rows = (
+        _row(scheme, made[scheme], chosen=scheme == best)
+        if scheme in made
+        else SchemeFacts(scheme=scheme, refused=str(refused[scheme]), chosen=False)
+        for scheme in schemes
+    )
+    return QuantizedModel.load(into), made[best], tuple(rows)
 
 
-def _quality(figures: dict[str, Any]) -> tuple[float, float]:
-    noise: float | None = figures["logits_sqnr_db"]
-    return figures["top1_val_int8"], math.inf if noise is None else noise  # None: no noise at all
+def _row(scheme: str, figures: ComparisonFacts, *, chosen: bool) -> SchemeFacts:
+    return SchemeFacts(
+        scheme=scheme,
+        top1_val_int8=figures.top1_val_int8,
+        int8_loss_points=figures.int8_loss_points,
+        top1_agreement=figures.top1_agreement,
+        logits_sqnr_db=figures.logits_sqnr_db,
+        chosen=chosen,
+    )
+
+
+def _quality(figures: ComparisonFacts) -> tuple[float, float]:
+    sqnr = figures.logits_sqnr_db
+    return figures.top1_val_int8, math.inf if sqnr is None else sqnr  # None: no noise at all

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from msgspec.structs import asdict, astuple
 
 from metis.backend import SCHEMES
 from metis.emulator.execute import int8_logits, run_graphs
@@ -18,6 +19,7 @@ from metis.quantize.placement import compute_nodes, place, watch
 from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import Ranges
 from pipeline.calibration.recipe import Calibrated, Recipe, prepare_student, watched
+from pipeline.facts import CalibrateFacts, Int8Facts, LayerFacts, VariantFacts
 from pipeline.tasks.metrics import agreement, sqnr_db, top1
 
 if TYPE_CHECKING:
@@ -48,15 +50,15 @@ _LOUD_DB = 25.0
 
 def figures(
     exact: NDArray[np.float32], int8: NDArray[np.float32], labels: NDArray[np.int64]
-) -> dict[str, Any]:
+) -> Int8Facts:
     """What a row of a table says about int8 logits beside the float ones."""
-    return {
-        "top1": top1(int8, labels),
-        "agreement": agreement(exact, int8),
-        "sqnr_db": sqnr_db(exact, int8),
-        "n": len(labels),
-        "measured_on": "host-emulation",
-    }
+    return Int8Facts(
+        top1=top1(int8, labels),
+        agreement=agreement(exact, int8),
+        sqnr_db=sqnr_db(exact, int8),
+        n=len(labels),
+        measured_on="host-emulation",
+    )
 
 
 def variants(
@@ -65,7 +67,7 @@ def variants(
     student: Path,
     samples: Path,
     validation: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]],
-) -> list[dict[str, Any]]:
+) -> tuple[VariantFacts, ...]:
     """The recipe, the same under the other schemes, and the same without each of its options.
 
     Args:
@@ -98,8 +100,8 @@ def variants(
         parts = prepare(source.baked(how, ranges))
         graph = quantized_graph(parts.core, ranges, scheme=how.scheme)
         int8 = int8_logits(parts, graph, how.scheme, frames)
-        rows.append({"name": name, "scheme": how.scheme, **figures(exact, int8, labels)})
-    return rows
+        rows.append(VariantFacts(name, how.scheme, *astuple(figures(exact, int8, labels))))
+    return tuple(rows)
 
 
 def curve(
@@ -135,7 +137,7 @@ def curve(
         made = prepare(calibrated.baked(recipe, ranges))
         graph = quantized_graph(made.core, ranges, scheme=recipe.scheme)
         int8 = int8_logits(made, graph, recipe.scheme, frames)
-        yield {"samples": size, **figures(exact, int8, labels)}
+        yield {"samples": size, **asdict(figures(exact, int8, labels))}
 
 
 def sensitivity(
@@ -145,7 +147,7 @@ def sensitivity(
     frames: NDArray[np.float32],
     labels: NDArray[np.int64],
     progress: Callable[[int], object] = lambda n: None,
-) -> list[dict[str, Any]]:
+) -> list[LayerFacts]:
     """Every layer with weights, when it alone is int8, the one that loses most first.
 
     Args:
@@ -166,11 +168,15 @@ def sensitivity(
     for node in compute_nodes(parts.core):
         alone = quantized_graph(parts.core, ranges, scheme=scheme, only={node.output[0]})
         found = _logits(parts, alone, options, frames)
-        row = {"layer": node.output[0], "operator": node.op_type, **figures(exact, found, labels)}
-        row["depthwise"] = node.input[0] in place(parts.core).depthwise
+        row = LayerFacts(
+            layer=node.output[0],
+            operator=node.op_type,
+            **asdict(figures(exact, found, labels)),
+            depthwise=node.input[0] in place(parts.core).depthwise,
+        )
         rows.append(row)
         progress(1)
-    return sorted(rows, key=lambda row: np.inf if row["sqnr_db"] is None else row["sqnr_db"])
+    return sorted(rows, key=lambda row: np.inf if row.sqnr_db is None else row.sqnr_db)
 
 
 def _logits(
@@ -179,23 +185,21 @@ def _logits(
     return run_graphs([(parts.preamble, {}), (core, options), (parts.postamble, {})], frames)
 
 
-def suggestions(facts: Mapping[str, Any], recipe: Recipe, operators: Collection[str]) -> list[str]:
+def suggestions(facts: CalibrateFacts, recipe: Recipe, operators: Collection[str]) -> list[str]:
     """What a user could try, in words; empty where nothing speaks for a change.
 
     Args:
-        facts: of calibrate.
+        facts: of calibrate; its own suggestions do not count.
         recipe: as it is used.
         operators: kinds of the nodes of the student.
     """
     words = []
-    used, *others = facts["variants"]
-    samples = facts["calibration"]["samples"]
-    best = max(others, key=lambda row: row["top1"])
-    gain = 100 * (best["top1"] - used["top1"])
-    if gain > _WORTH and best["name"].startswith("scheme"):
-        words.append(
-            f"calibrate.scheme: {best['scheme']} keeps {gain:.2f} points more on validation"
-        )
+    used, *others = facts.variants
+    samples = facts.calibration.samples
+    best = max(others, key=lambda row: row.top1)
+    gain = 100 * (best.top1 - used.top1)
+    if gain > _WORTH and best.name.startswith("scheme"):
+        words.append(f"calibrate.scheme: {best.scheme} keeps {gain:.2f} points more on validation")
     if samples < _FEW_SAMPLES:
         words.append(f"calibrate.samples: {samples} are few; 100 to 400 are usual")
     if recipe.scheme.startswith("hybrid") and samples < _HYBRID_SAMPLES:
@@ -203,15 +207,15 @@ def suggestions(facts: Mapping[str, Any], recipe: Recipe, operators: Collection[
             f"hybrid with {samples} samples: channels that never fire in calibration clip later; "
             f"use {_HYBRID_SAMPLES} varied patches or a per_tensor scheme"
         )
-    loss = facts["int8_loss_points"]
+    loss = facts.int8_loss_points
     if loss > _WORTH:
         if "HardSwish" in operators:
             words.append("HardSwish is hard on int8: a student with ReLU6 (or ReLU) loses less")
-        depthwise = [row for row in facts.get("worst_layers", []) if row["depthwise"]]
-        loud = [r for r in depthwise if r["sqnr_db"] is not None and r["sqnr_db"] < _LOUD_DB]
+        depthwise = [row for row in facts.worst_layers or () if row.depthwise]
+        loud = [r for r in depthwise if r.sqnr_db is not None and r.sqnr_db < _LOUD_DB]
         if loud and not recipe.scheme.startswith("hybrid"):
             words.append(
-                f"{len(loud)} of the worst layers are depthwise ({loud[0]['layer']}): try "
+                f"{len(loud)} of the worst layers are depthwise ({loud[0].layer}): try "
                 "calibrate.scheme: hybrid_per_tensor_per_channel"
             )
         words.append("distill.quantization_aware trains the student on the int8 grid")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -42,27 +41,25 @@ def verify(state: RunState, parity: bool, as_json: bool) -> None:
             "checked": verification.checked,
             "problems": verification.problems,
         }
-        rows = [
-            {**asdict(leg), "limit": limit, "passed": passed, "words": leg.words()}
-            for leg, limit, passed in legs
-        ]
+        rows = [row.document() for row in legs]
         print_json({**document, "parity": rows} if parity else document)
     else:
         click.echo(f"{verification.checked} files of run {state.config.run} checked")
         for problem in verification.problems:
             click.echo(f"  {problem}")
-        for leg, limit, passed in legs:
-            word = {True: "passed", False: "FAILED", None: "-"}[passed]
+        for row in legs:
+            word = {True: "passed", False: "FAILED", None: "-"}[row.passed]
+            leg = row.leg
             click.echo(f"{leg.name:<7} {word:<7} {leg.source} / {leg.target} (n {leg.n})")
-            click.echo(f"        {leg.words()}" + (f"; limit {limit}" if limit else ""))
+            click.echo(f"        {row.message}" + (f"; limit {row.limit}" if row.limit else ""))
     if verification.problems:
         raise ManifestError(
             f"{len(verification.problems)} of the run's files are not what its manifest says: "
             f"{verification.problems[0]}"
         )
-    failed = [leg for leg, _, passed in legs if passed is False]
+    failed = [row for row in legs if row.passed is False]
     if failed:
-        raise ParityError("; ".join(f"parity, {leg.name}: {leg.words()}" for leg in failed))
+        raise ParityError("; ".join(f"parity, {row.leg.name}: {row.message}" for row in failed))
 
 
 @click.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from pipeline.facts import BandFacts, LeakFacts
 from pipeline.params.ingest import IngestParams, StudentParams
 from pipeline.params.sources import TeacherParams
 from pipeline.run.errors import InputError
@@ -94,7 +96,7 @@ def drop_bad_patches(
 
 def report_leaks(
     job: Job, params: IngestParams, surveys: dict[str, Survey]
-) -> list[dict[str, Any]]:
+) -> tuple[LeakFacts, ...]:
     """Patches that two splits share, as facts, each told as a warning."""
     from pipeline.data.survey import find_leaks
 
@@ -108,7 +110,7 @@ def report_leaks(
         if params.data.on_leak == "error":
             raise InputError(f"{words}; remove them, or set ingest.data.on_leak: warn")
         job.warn(words)
-    return [asdict(leak) for leak in leaks]
+    return msgspec.convert(leaks, tuple[LeakFacts, ...], from_attributes=True)
 
 
 def judge_statistics(
@@ -122,16 +124,16 @@ def judge_statistics(
     rows = band_table(contract, statistics, train)
     wrong = []
     for row in rows:
-        if row["mu_contract"] is None:
+        if row.mu_contract is None or row.sigma_contract is None:
             continue
-        sigma = row["sigma_data"]
+        sigma = row.sigma_data
         if sigma == 0:
             raise InputError(
-                f"{row['modality']} band {row['band']} is constant ({row['mu_data']:g}) over the "
+                f"{row.modality} band {row.band} is constant ({row.mu_data:g}) over the "
                 "whole training split; it carries nothing"
             )
-        shift = abs(row["mu_contract"] - row["mu_data"]) / sigma
-        ratio = row["sigma_contract"] / sigma
+        shift = abs(row.mu_contract - row.mu_data) / sigma
+        ratio = row.sigma_contract / sigma
         if shift > params.max_mean_shift or max(ratio, 1 / ratio) > params.max_sigma_ratio:
             wrong.append(row)
         elif shift > 0.1 or max(ratio, 1 / ratio) > 1.1:
@@ -147,30 +149,29 @@ def judge_statistics(
 
 def band_table(
     contract: Contract, statistics: dict[str, BandStatistics], train: Split
-) -> list[dict[str, Any]]:
+) -> tuple[BandFacts, ...]:
     """Per band: range of the stored values; mean and sigma of the data beside the contract's."""
     rows = []
     for modality, found in statistics.items():
         given = contract.statistics(modality, found.bands, train.source.shape(modality)[2])
         for i, band in enumerate(found.bands):
             rows.append(
-                {
-                    "modality": modality,
-                    "band": band,
-                    "minimum": float(found.minimum[i]),
-                    "maximum": float(found.maximum[i]),
-                    "mu_contract": given.mu[i] if given else None,
-                    "mu_data": float(found.mean[i]),
-                    "sigma_contract": given.sigma[i] if given else None,
-                    "sigma_data": float(found.sigma[i]),
-                }
+                BandFacts(
+                    modality=modality,
+                    band=band,
+                    minimum=float(found.minimum[i]),
+                    maximum=float(found.maximum[i]),
+                    mu_contract=given.mu[i] if given else None,
+                    mu_data=float(found.mean[i]),
+                    sigma_contract=given.sigma[i] if given else None,
+                    sigma_data=float(found.sigma[i]),
+                )
             )
-    return rows
+    return tuple(rows)
 
 
-def _side_by_side(row: dict[str, Any]) -> str:
+def _side_by_side(row: BandFacts) -> str:
     return (
-        f"{row['modality']} band {row['band']}: mu {row['mu_contract']:g} against "
-        f"{row['mu_data']:.5g} in the data, sigma {row['sigma_contract']:g} against "
-        f"{row['sigma_data']:.5g}"
+        f"{row.modality} band {row.band}: mu {row.mu_contract:g} against {row.mu_data:.5g} in the "
+        f"data, sigma {row.sigma_contract:g} against {row.sigma_data:.5g}"
     )

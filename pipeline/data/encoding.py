@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from metis.voyager.device_constants import exact_range
+from pipeline.facts import EncodingFacts
 from pipeline.params.ingest import StudentParams
 from pipeline.run.errors import InputError
 from pipeline.run.stage import Job
@@ -42,7 +43,7 @@ def choose_student_input(
     contract: Contract,
     statistics: dict[str, BandStatistics],
     train: Split,
-) -> tuple[StudentInput, list[dict[str, Any]]]:
+) -> tuple[StudentInput, tuple[EncodingFacts, ...]]:
     """The student's input, and per channel how well its 8-bit encoding carries the band."""
     height, width, bands_in_data = train.source.shape(params.modality)
     zscore = contract.statistics(params.modality, params.bands, bands_in_data)
@@ -73,7 +74,7 @@ def choose_student_input(
     for band, sample, (lo, hi) in zip(params.bands, samples, ranges, strict=True):
         found_quality = encoding_quality(sample, lo, hi)
         levels, sqnr = found_quality.levels98, found_quality.sqnr_db
-        quality.append({"band": band, "grey_lo": lo, "grey_hi": hi, **asdict(found_quality)})
+        quality.append(EncodingFacts(band, lo, hi, *astuple(found_quality)))
         low = sqnr is not None and (levels < FEW_LEVELS or sqnr < LOW_SQNR_DB)
         if params.encoding == "contract" and low:
             job.warn(
@@ -81,7 +82,7 @@ def choose_student_input(
                 f"{levels:.0f} grey levels ({sqnr:.1f} dB); ingest.student.encoding: percentile "
                 "would use most of 256"
             )
-    return student, quality
+    return student, tuple(quality)
 
 
 def _fitted_ranges(

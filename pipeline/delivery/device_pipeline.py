@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple, replace
+from typing import TYPE_CHECKING
 
 from metis.voyager.device_constants import constant_error
 from metis.voyager.pipeline_yaml import DevicePipeline, render_yaml, yaml_obstacle
+from pipeline.facts import ChannelFacts, ConstantsFacts
 from pipeline.params.compile import CompileParams
 from pipeline.run.stage import Job
 
@@ -44,20 +45,19 @@ def write_device_pipeline(job: Job, params: CompileParams, data: StudentData, sc
     return ""
 
 
-def measure_device_constants(job: Job, data: StudentData) -> dict[str, Any]:
+def measure_device_constants(job: Job, data: StudentData) -> ConstantsFacts:
     """What the device pipe's three decimals do to mean and std, and to top-1."""
     from pipeline.networks.inference import answers, reference_network
     from pipeline.tasks.metrics import agreement, top1
 
     given = data.student_input
     errors = [constant_error(m, s) for m, s in zip(given.mean, given.std, strict=True)]
-    channels = [
-        {"band": band, **asdict(error)} for band, error in zip(given.bands, errors, strict=True)
-    ]
+    channels = tuple(
+        ChannelFacts(band, *astuple(error)) for band, error in zip(given.bands, errors, strict=True)
+    )
     worst = [error.worst for error in errors if error.worst is not None]
     if len(worst) < len(errors):  # a std vanishes: there is nothing to run
-        return {"channels": channels, "worst": None}
-    result: dict[str, Any] = {"channels": channels, "worst": max(worst)}
+        return ConstantsFacts(channels, None)
     val = data.val.spread(2000)
     kept = replace(
         given,
@@ -67,10 +67,15 @@ def measure_device_constants(job: Job, data: StudentData) -> dict[str, Any]:
     network = reference_network(job.inputs.student)
     exact, rounded = (answers(val.images, how, network)[0] for how in (given, kept))
     labels = val.labels
-    result["top1_exact"], result["top1_kept"] = top1(exact, labels), top1(rounded, labels)
-    result["top1_agreement"] = agreement(exact, rounded)
-    result["n_val"], result["measured_on"] = len(labels), "host-float"
-    return result
+    return ConstantsFacts(
+        channels=channels,
+        worst=max(worst),
+        top1_exact=top1(exact, labels),
+        top1_kept=top1(rounded, labels),
+        top1_agreement=agreement(exact, rounded),
+        n_val=len(labels),
+        measured_on="host-float",
+    )
 
 
 def _write_images(job: Job, data: StudentData, folder: Path) -> None:

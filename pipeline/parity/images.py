@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from metis.voyager.pipeline_reader import Pipeline, PipelineError, pipeline_differences
 from metis.voyager.pipeline_yaml import yaml_obstacle
 from pipeline.data.dataset import DatasetSplit, StudentData
-from pipeline.parity.legs import Leg
+from pipeline.facts import ImageValues, PngLeg, YamlLeg
 from preprocessing.apply import normalized, student_tensor
 from preprocessing.images import class_folders, read_png
 from preprocessing.student_input import StudentInput, linear_encoding
@@ -36,7 +37,7 @@ def image_legs(
     device_pipeline: Path,
     run: str,
     progress: Callable[[int], object] = lambda n: None,
-) -> list[Leg]:
+) -> list[PngLeg | YamlLeg]:
     """Training tensor against the exported PNG files, read back by two independent ways.
 
     Args:
@@ -49,13 +50,15 @@ def image_legs(
         The legs `png` (read back by preprocessing/ alone) and `yaml` (by doing what the YAML says).
     """
     source = "training tensor of the student"
-    targets = {
-        "png": "tensor from the exported PNG, by preprocessing/ alone",
-        "yaml": "tensor from the exported PNG, by doing what the YAML says",
-    }
+    by_package = "tensor from the exported PNG, by preprocessing/ alone"
+    by_pipeline = "tensor from the exported PNG, by doing what the YAML says"
     given = data.student_input
     if obstacle := yaml_obstacle(given):
-        return [Leg(name, source, to, 0, obstacle=obstacle) for name, to in targets.items()]
+        none = ImageValues()
+        return [
+            PngLeg(source, by_package, 0, none, obstacle),
+            YamlLeg(source, by_pipeline, 0, none, obstacle),
+        ]
     folder = device_pipeline / f"{run}-images" / "val"
     val = data.val.spread(SAMPLES)
     promised, fields = _by_contract(given, data.contract)
@@ -83,8 +86,8 @@ def image_legs(
     grey_level = 1 / min(given.std) if bilinear else 0.0
     n = len(val)
     return [
-        Leg("png", source, targets["png"], n, {**by_png.values(), "grey_level": grey_level}),
-        Leg("yaml", source, targets["yaml"], n, by_yaml.values()),
+        PngLeg(source, by_package, n, by_png.values(grey_level)),
+        YamlLeg(source, by_pipeline, n, by_yaml.values()),
     ]
 
 
@@ -115,8 +118,8 @@ class _Found:
         else:
             self.give_up("the tensor is not finite")
 
-    def values(self) -> dict[str, Any]:
-        return {"max_abs_difference": self.difference, "fields": self.fields}
+    def values(self, grey_level: float | UnsetType = UNSET) -> ImageValues:
+        return ImageValues(self.difference, tuple(self.fields), grey_level)
 
 
 def _by_contract(given: StudentInput, contract: Contract) -> tuple[StudentInput, list[str]]:

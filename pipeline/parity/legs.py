@@ -2,93 +2,103 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.params.benchmark import Limits
+import msgspec
+
+from pipeline.facts import ExportLeg, Int8Leg, Int8Values, PngLeg, YamlLeg
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from pipeline.run.stage import Facts
+    from pipeline.facts import (
+        CalibrateFacts,
+        ComparisonFacts,
+        DistillFacts,
+        ExportFacts,
+        ImageValues,
+        Leg,
+    )
+    from pipeline.params.benchmark import Limits
 
 
 @dataclass(frozen=True)
-class Leg:
-    """One comparison on the validation split."""
+class JudgedLeg:
+    """A leg beside its limit."""
 
-    name: str  # png, yaml, export or int8
-    source: str  # what is compared
-    target: str  # with what
-    n: int  # validation patches
-    values: dict[str, Any] = field(default_factory=dict)
-    obstacle: str = ""  # why the leg does not apply
+    leg: Leg
+    message: str  # what was found, in one line
+    limit: str  # in words; empty where the leg does not apply
+    passed: bool | None  # None: does not apply
 
-    def judge(self, limits: Limits) -> tuple[str, bool | None]:
-        """The limit in words, and whether the leg keeps it; None when it does not apply."""
-        if self.obstacle:
-            return "", None
-        if self.name == "png":
-            limit = limits.max_png_levels * float(self.values["grey_level"])
-            fine = not self.values.get("fields")
-            return f"{limit:.3g}", fine and _within(self.values["max_abs_difference"], limit)
-        if self.name == "yaml":
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        tree: dict[str, Any] = msgspec.to_builtins(self.leg)
+        return {**tree, "limit": self.limit, "passed": self.passed, "words": self.message}
+
+
+def judge(leg: Leg, limits: Limits) -> JudgedLeg:
+    """Whether a leg keeps its limit."""
+    if leg.obstacle:
+        return JudgedLeg(leg, f"does not apply: {leg.obstacle}", "", None)
+    match leg:
+        case PngLeg(values=values):
+            # One level where the device resizes bilinear; else the leg says 0, and it is exact.
+            limit = limits.max_png_levels * float(values.grey_level or 0.0)
+            return JudgedLeg(leg, *_judge_images(values, limit, f"{limit:.3g}"))
+        case YamlLeg(values=values):
             limit = limits.max_yaml_difference
-            fine = not self.values["fields"]
-            return f"{limit:g}", fine and _within(self.values["max_abs_difference"], limit)
-        if self.name == "export":
-            limit = limits.max_export_difference
-            close = _within(self.values["max_abs_logit_difference"], limit)
-            return f"{limit:g}, 100 %", close and self.values["top1_agreement"] == 1.0
-        limit = limits.max_int8_loss
-        return f"{limit:g} points", _within(self.values["loss_interval95_points"][1], limit)
-
-    def words(self) -> str:
-        """What was found, in one line."""
-        if self.obstacle:
-            return f"does not apply: {self.obstacle}"
-        found = self.values
-        if self.name in ("png", "yaml"):
-            difference = found["max_abs_difference"]
-            first = "no tensor" if difference is None else f"max abs difference {difference:.3g}"
-            return "; ".join([first, *found.get("fields", [])])
-        if self.name == "export":
-            return (
-                f"max abs logit difference {found['max_abs_logit_difference']:.3g}, "
-                f"top-1 agreement {found['top1_agreement']:.2%}"
-            )
-        low, high = found["loss_interval95_points"]
-        sqnr = found["sqnr_db"]
-        return (
-            f"loss {found['loss_points']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}), "
-            f"top-1 {found['top1_float']:.4f} and {found['top1_int8']:.4f}, agreement "
-            f"{found['top1_agreement']:.2%}, cosine mean {found['cosine_mean']:.4f} min "
-            f"{found['cosine_min']:.4f}, SQNR "
-            + ("without noise" if sqnr is None else f"{sqnr:.1f} dB")
-        )
+            return JudgedLeg(leg, *_judge_images(values, limit, f"{limit:g}"))
+        case ExportLeg(values=values):
+            return JudgedLeg(leg, *_judge_export(values, limits.max_export_difference))
+        case Int8Leg(values=values):
+            return JudgedLeg(leg, *_judge_int8(values, limits.max_int8_loss))
 
 
-def _within(value: float | None, limit: float) -> bool:
-    return value is not None and value <= limit
+def _judge_images(values: ImageValues, limit: float, limit_text: str) -> tuple[str, str, bool]:
+    difference, wrong = values.max_abs_difference, values.fields or ()
+    if isinstance(difference, float):
+        first, close = f"max abs difference {difference:.3g}", difference <= limit
+    else:
+        first, close = "no tensor", False
+    return "; ".join([first, *wrong]), limit_text, close and not wrong
 
 
-def export_leg(distill: Facts) -> Leg:
-    """The leg that distill measured."""
-    values = {k: distill["export"][k] for k in ("max_abs_logit_difference", "top1_agreement")}
-    return Leg("export", "torch student", "ONNX student in onnxruntime", distill["n_val"], values)
+def _judge_export(values: ExportFacts, limit: float) -> tuple[str, str, bool]:
+    difference, agreement = values.max_abs_logit_difference, values.top1_agreement
+    message = f"max abs logit difference {difference:.3g}, top-1 agreement {agreement:.2%}"
+    return message, f"{limit:g}, 100 %", difference <= limit and agreement == 1.0
 
 
-def int8_leg(calibrate: Mapping[str, Any]) -> Leg:
-    """The leg that calibrate measured."""
-    values = {
-        "top1_float": calibrate["top1_val_float"],
-        "top1_int8": calibrate["top1_val_int8"],
-        "loss_points": calibrate["int8_loss_points"],
-        "loss_interval95_points": calibrate["int8_loss_interval95_points"],
-        "top1_agreement": calibrate["top1_agreement"],
-        "cosine_mean": calibrate["logits_cosine_mean"],
-        "cosine_min": calibrate["logits_cosine_min"],
-        "sqnr_db": calibrate["logits_sqnr_db"],
-    }
-    target = f"int8 on the host ({calibrate['backend']}, {calibrate['measured_on']})"
-    return Leg("int8", "float ONNX", target, calibrate["n_val"], values)
+def _judge_int8(values: Int8Values, limit: float) -> tuple[str, str, bool]:
+    low, high = values.loss_interval95_points
+    sqnr = "without noise" if values.sqnr_db is None else f"{values.sqnr_db:.1f} dB"
+    message = (
+        f"loss {values.loss_points:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}), "
+        f"top-1 {values.top1_float:.4f} and {values.top1_int8:.4f}, agreement "
+        f"{values.top1_agreement:.2%}, cosine mean {values.cosine_mean:.4f} min "
+        f"{values.cosine_min:.4f}, SQNR {sqnr}"
+    )
+    return message, f"{limit:g} points", high <= limit
+
+
+def export_leg(distill: DistillFacts, export: ExportFacts | None = None) -> ExportLeg:
+    """The leg that distill measured, or with figures that were measured anew."""
+    source, target = "torch student", "ONNX student in onnxruntime"
+    return ExportLeg(source, target, distill.n_val, export or distill.export)
+
+
+def int8_leg(calibrate: CalibrateFacts, comparison: ComparisonFacts | None = None) -> Int8Leg:
+    """The leg that calibrate measured, or with figures that were measured anew."""
+    measured = comparison or calibrate
+    values = Int8Values(
+        top1_float=measured.top1_val_float,
+        top1_int8=measured.top1_val_int8,
+        loss_points=measured.int8_loss_points,
+        loss_interval95_points=measured.int8_loss_interval95_points,
+        top1_agreement=measured.top1_agreement,
+        cosine_mean=measured.logits_cosine_mean,
+        cosine_min=measured.logits_cosine_min,
+        sqnr_db=measured.logits_sqnr_db,
+    )
+    target = f"int8 on the host ({calibrate.backend}, {measured.measured_on})"
+    return Int8Leg("float ONNX", target, measured.n_val, values)

@@ -9,6 +9,7 @@ import numpy as np
 
 from metis.backend import QuantizedModel, open_backend
 from pipeline.data.dataset import DatasetSplit, StudentData
+from pipeline.facts import ComparisonFacts, ExportFacts
 from pipeline.networks.inference import answers, reference_network
 from pipeline.tasks.metrics import (
     agreement,
@@ -22,7 +23,6 @@ from pipeline.training.task import trained_student
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import Any
 
     from numpy.typing import NDArray
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def export_values(
     params: DistillParams, weights: Path, data: StudentData, onnx: Path
-) -> dict[str, float]:
+) -> ExportFacts:
     """Torch student against ONNX student on validation; needs the extra `train`.
 
     Args:
@@ -52,18 +52,18 @@ def export_values(
     return compare_export(by_torch, by_onnx)
 
 
-def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) -> dict[str, float]:
+def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) -> ExportFacts:
     """Logits (N, classes) of the torch student and of its ONNX file, compared."""
     difference = float(np.abs(trained - exported).max())
-    return {
-        "max_abs_logit_difference": difference,
-        "top1_agreement": undisputed_agreement(trained, exported, difference),
-    }
+    return ExportFacts(
+        max_abs_logit_difference=difference,
+        top1_agreement=undisputed_agreement(trained, exported, difference),
+    )
 
 
 def compare_int8(
     onnx: Path, model: QuantizedModel, data: StudentData, split: DatasetSplit
-) -> dict[str, Any]:
+) -> ComparisonFacts:
     """The float student against its int8 model on the host, on some patches."""
     infer = partial(open_backend(model.backend).infer, model)
     exact, int8 = answers(split.images, data.student_input, reference_network(onnx), infer)
@@ -71,15 +71,16 @@ def compare_int8(
         exact.argmax(axis=1) == split.labels, int8.argmax(axis=1) == split.labels
     )
     angles = cosines(exact, int8)
-    return {
-        "n_val": len(split.labels),
-        "top1_val_float": top1(exact, split.labels),
-        "top1_val_int8": top1(int8, split.labels),
-        "measured_on": "host-emulation",
-        "top1_agreement": agreement(exact, int8),
-        "logits_cosine_mean": float(angles.mean()),
-        "logits_cosine_min": float(angles.min()),
-        "logits_sqnr_db": sqnr_db(exact, int8),
-        "int8_loss_points": 100 * loss,
-        "int8_loss_interval95_points": [100 * bound for bound in interval],
-    }
+    low, high = interval
+    return ComparisonFacts(
+        n_val=len(split.labels),
+        top1_val_float=top1(exact, split.labels),
+        top1_val_int8=top1(int8, split.labels),
+        measured_on="host-emulation",
+        top1_agreement=agreement(exact, int8),
+        logits_cosine_mean=float(angles.mean()),
+        logits_cosine_min=float(angles.min()),
+        logits_sqnr_db=sqnr_db(exact, int8),
+        int8_loss_points=100 * loss,
+        int8_loss_interval95_points=(100 * low, 100 * high),
+    )

@@ -5,19 +5,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from pipeline.parity.legs import export_leg, int8_leg
+from pipeline.parity.legs import export_leg, int8_leg, judge
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.parity.legs import Leg
+    from pipeline.parity.legs import JudgedLeg
     from pipeline.run.state import RunState
 
 
-def verify_parity(state: RunState) -> list[tuple[Leg, str, bool | None]]:
+def verify_parity(state: RunState) -> list[JudgedLeg]:
     """Compute every leg of parity anew from the run's artifacts.
-
-    Returns:
-        Per leg: itself, its limit in words, whether it passed (None: does not apply).
 
     Raises:
         InputError: a stage that makes what is compared did not run yet.
@@ -35,22 +32,19 @@ def verify_parity(state: RunState) -> list[tuple[Leg, str, bool | None]]:
                 f"  {stage} makes it:  kdpipe run --to {stage}"
             )
     paths = state.paths
-    assert state.manifest is not None
-    paths = state.paths
     data = StudentData(paths)
-    facts = {name: record.facts for name, record in state.manifest.stages.items()}
-    distill = facts["distill"]
+    facts = state.facts
+    export = None
     if find_spec("torch") and find_spec("timm"):
         weights = paths.training / "student.safetensors"
         params = state.config.params["distill"]
-        values = export_values(params, weights, data, paths.student)
-        distill = {**distill, "export": values}
+        export = export_values(params, weights, data, paths.student)
     model = QuantizedModel.load(paths.quantized_model)
-    int8 = {**facts["calibrate"], **compare_int8(paths.student, model, data, data.val)}
+    comparison = compare_int8(paths.student, model, data, data.val)
     legs = [
         *image_legs(data, paths.device_pipeline, state.config.run),
-        export_leg(distill),
-        int8_leg(int8),
+        export_leg(facts.distill, export),
+        int8_leg(facts.calibrate, comparison),
     ]
     limits = state.config.params["benchmark"].limits
-    return [(leg, *leg.judge(limits)) for leg in legs]
+    return [judge(leg, limits) for leg in legs]

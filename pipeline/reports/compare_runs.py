@@ -22,6 +22,7 @@ from metis.graph.ends import external_files, graph_inputs
 from metis.graph.sessions import open_session
 from metis.operators.report import count_macs
 from pipeline.data.dataset import StudentData
+from pipeline.facts import CalibrateFacts, DistillFacts
 from pipeline.networks.inference import answers, reference_network
 from pipeline.reports.confusion import confusion, first_decisions, write_confusions, write_decisions
 from pipeline.run.errors import InputError, nearest
@@ -132,15 +133,15 @@ def read_run(folder: Path, root: Path) -> list[Row]:
     given_to = _group(manifest, "ingest")
     rows = [row(given_to, *teacher) for teacher in _teachers(manifest, paths, data.contract, root)]
     group = _group(manifest, "ingest", "distill")
-    facts = manifest.stages["distill"].facts
-    student = facts["student"]
+    facts = manifest.facts("distill", DistillFacts)
+    student = facts.student
     int8 = _int8(manifest, paths)
     shape = (len(given.bands), *given.size_hw)
     (logits,) = answers(val.images, given, reference_network(paths.student))
     rows.append(
         row(group, f"{student}, distilled", logits, {**_network(paths.student, shape), **int8})
     )
-    for baseline in facts["baselines"]:
+    for baseline in facts.baselines:
         path = paths.training / f"{baseline}.onnx"
         words = baseline.replace("_", " ").replace("no teacher", "without teacher")
         (logits,) = answers(val.images, given, reference_network(path))
@@ -263,7 +264,7 @@ def _int8(manifest: Manifest, paths: Artifacts) -> dict[str, float | None]:
         return {}
     files = [p for p in paths.quantized_model.iterdir() if p.suffix == ".onnx"]
     return {
-        "top1_int8": manifest.stages["calibrate"].facts["top1_val_int8"],
+        "top1_int8": manifest.facts("calibrate", CalibrateFacts).top1_val_int8,
         "int8_bytes": float(sum(p.stat().st_size for p in files)) if files else None,
     }
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.facts import EstimateFigure
+
 
 def write_report(report: BenchmarkReport, samples: Path, folder: Path) -> None:
     """Write report.json, report.md, report.html and latency.svg.
@@ -68,11 +70,11 @@ def _watched(found: Watched) -> str:
     return "; ".join(filter(None, (words, cost, found.reason)))
 
 
-def _figure(value: dict[str, Any]) -> str:
+def _figure(figure: EstimateFigure) -> str:
     """An estimated figure with its band, where it has one."""
-    figures = [value["value"], value.get("low"), value.get("high")]
-    shown = [f"{v:,.0f}" if v is not None and v >= 100 else f"{v:.3g}" for v in figures if v]
-    words = f"{shown[0]} {value['unit']}"
+    values = [figure.value, figure.low, figure.high]
+    shown = [f"{v:,.0f}" if v is not None and v >= 100 else f"{v:.3g}" for v in values if v]
+    words = f"{shown[0]} {figure.unit}"
     return f"{words} ({shown[1]} to {shown[2]})" if len(shown) == 3 else words
 
 

@@ -24,6 +24,7 @@ from pipeline.run.manifest import (
     ManifestError,
     Source,
     StageRecord,
+    facts_problem,
 )
 from pipeline.run.stage import Job
 from pipeline.run.state import RunState, key_of
@@ -97,18 +98,17 @@ class Attempt:
             assert artifact is not None, name
             inputs[name] = self._state.folder / artifact.path
         outputs = {n: self._partial / file for n, file in self._stage.outputs.items()}
-        manifest = self._state.manifest
         job = replace(
             _bare_job(self._state, self._name, self._warnings.append),
             inputs=Artifacts(inputs, f"inputs of {self._name}"),
             outputs=Artifacts(outputs, f"outputs of {self._name}"),
-            facts={n: r.facts for n, r in (manifest.stages if manifest else {}).items() if r.key},
+            facts=self._state.facts,
             scratch=self._scratch(key_of(parts)),
             logs=self._log.with_suffix(""),
             also_read=self._also_read,
         )
         with self._logging():
-            facts = self._stage.run(job, self._params)
+            facts = self._facts_tree(self._stage.run(job, self._params))
         self._check_unchanged(parts)
         artifacts = self._publish()
         parts = self._state.key_parts(self._name)
@@ -131,7 +131,7 @@ class Attempt:
                 for n, p in sources.items()
             },
             outputs=list(artifacts),
-            facts=msgspec.to_builtins(facts),
+            facts=facts,
             warnings=self._warnings,
             gate={},
             versions=parts["versions"],
@@ -154,6 +154,13 @@ class Attempt:
         """Remove what is half written; with --debug it stays until the next attempt."""
         if not self._keep:
             shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _facts_tree(self, facts: object) -> dict[str, Any]:
+        """Facts as a JSON tree, proven to be read back: types of values are not checked before."""
+        tree: dict[str, Any] = msgspec.to_builtins(facts)
+        if problem := facts_problem(tree, self._stage.facts):
+            raise TypeError(f"{self._name} reports what its own type refuses: {problem}")
+        return tree
 
     def _scratch(self, key: str) -> Path:
         """Where this stage finds what a killed attempt with the same inputs left, and no other."""
@@ -247,7 +254,7 @@ def _bare_job(state: RunState, name: str, warn: Callable[[str], None]) -> Job:
         inputs=Artifacts({}, "inputs of work outside a run"),
         outputs=Artifacts({}, "outputs of work outside a run"),
         sources=state.stages[name].sources(config.params[name], config.root),
-        facts={},
+        facts=state.facts,
         progress=progress_bar,
         warn=warn,
         scratch=state.folder / "scratch" / f"{name}-outside",

@@ -48,7 +48,7 @@ class Config:
 
 def load_config(
     path: Path,
-    stages: Mapping[str, Stage[Any]],
+    stages: Mapping[str, Stage[Any, Any]],
     *,
     changes: Sequence[str] = (),
     run: str | None = None,

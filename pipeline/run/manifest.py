@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 SCHEMA = 1
+
+F = TypeVar("F")
 
 
 class ManifestError(ValueError):
@@ -121,12 +123,41 @@ class Manifest:
         paths = {name: folder / artifact.path for name, artifact in self.artifacts.items()}
         return Artifacts(paths, f"artifacts of run {self.run}")
 
+    def facts(self, stage: str, kind: type[F]) -> F:
+        """What a stage reported last.
+
+        Raises:
+            ManifestError: it did not run yet, or its facts are not of this kind.
+        """
+        record = self.stages.get(stage)
+        if record is None or not record.key:
+            raise ManifestError(
+                f"run {self.run} has no facts of {stage}, which did not run yet:  "
+                f"kdpipe run --stage {stage}"
+            )
+        if problem := facts_problem(record.facts, kind):
+            raise ManifestError(
+                f"manifest.json: stages.{stage}.{problem}; run the stage again:  "
+                f"kdpipe run --stage {stage}"
+            )
+        return msgspec.convert(record.facts, kind)
+
     def save(self, folder: Path) -> None:
         """Replace manifest.json in the run folder, all or nothing."""
         tree = msgspec.to_builtins(self)
         # A NaN would be written, and the whole manifest be no JSON any more.
         text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(folder / "manifest.json", text.encode())
+
+
+def facts_problem(tree: dict[str, Any], kind: type) -> str:
+    """Where and why facts, as a JSON tree, are not of a kind; empty where they are."""
+    try:
+        msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at ")
+        return f"facts{place.strip('`').removeprefix('$')}: {what[0].lower()}{what[1:]}"
+    return ""
 
 
 def load_manifest(folder: Path) -> Manifest | None:

@@ -259,7 +259,7 @@ class Runner:
         record = self.state.record(name)
         if record is None or not record.key:
             return []
-        return self.stages[name].gates(self.config.params[name], record.facts)
+        return self.stages[name].gates(self.config.params[name], self.state.facts_of(name))
 
     def _rejudged(self, name: str, allow: Mapping[str, str]) -> dict[str, GateRecord]:
         """The verdicts on a stage where they differ from those on record, else nothing."""

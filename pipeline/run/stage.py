@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from pipeline.artifacts import Artifacts
+    from pipeline.facts import RunFacts
 
 
-#: What a stage reports: numbers, words, lists and mappings that JSON can hold.
-Facts = dict[str, Any]
-
-P = TypeVar("P")
+P = TypeVar("P")  # parameters
+F = TypeVar("F")  # facts
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Job:
     inputs: Artifacts  # of earlier stages, verified: those that `Stage.inputs` names
     outputs: Artifacts  # where to write: those that `Stage.outputs` names
     sources: Mapping[str, Path]  # the user's files, as `Stage.sources` named them
-    facts: Mapping[str, Facts]  # of the earlier stages, by stage
+    facts: RunFacts  # of the earlier stages
     progress: Callable[[str, int], tqdm[Any]]  # (what, how many) -> a bar with update(n), a context
     warn: Callable[[str], None]  # tell the user and the record
     scratch: Path  # of this stage with these inputs: what a killed attempt left is there again
@@ -54,15 +53,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Stage(Generic[P]):
+class Stage(Generic[P, F]):
     """One step of a run; every file in pipeline/stages/ defines one as `STAGE`."""
 
     inputs: tuple[str, ...]  # names of artifacts
     outputs: Mapping[str, str]  # name of an artifact -> name of its file or folder
     params: type[P]  # the section of kdpipe.yaml
-    run: Callable[[Job, P], Facts]
+    facts: type[F]  # what it reports: anything that msgspec writes as JSON and reads back
+    run: Callable[[Job, P], F]
     sources: Callable[[P, Path], dict[str, Path]] = lambda params, root: {}
-    gates: Callable[[P, Facts], list[Gate]] = lambda params, facts: []
+    gates: Callable[[P, F], list[Gate]] = lambda params, facts: []
     gate_names: tuple[str, ...] = ()  # of all that `gates` may give
     ready: Callable[[P], None] = lambda params: None  # raises at once what would fail hours later
     #: Distributions whose versions change the outputs; with their versions where those are not the
@@ -71,7 +71,7 @@ class Stage(Generic[P]):
     code_version: int = 1  # raised by hand when the stage's outputs change for equal inputs
 
 
-def order_stages(found: Mapping[str, Stage[Any]]) -> dict[str, Stage[Any]]:
+def order_stages(found: Mapping[str, Stage[Any, Any]]) -> dict[str, Stage[Any, Any]]:
     """The same stages, each after the stages that make its inputs. See `load_stages`."""
     maker: dict[str, str] = {}
     for name, stage in found.items():

@@ -9,10 +9,11 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifacts
+from pipeline.facts import RunFacts
 from pipeline.run.digests import Digests
 from pipeline.run.environment import installed
 from pipeline.run.errors import InputError
-from pipeline.run.manifest import ManifestError, load_manifest
+from pipeline.run.manifest import ManifestError, facts_problem, load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -61,7 +62,7 @@ class Examination:
 class RunState:
     """A run folder as it lies on disk, beside the config it should follow. Writes nothing."""
 
-    def __init__(self, config: Config, stages: Mapping[str, Stage[Any]]) -> None:
+    def __init__(self, config: Config, stages: Mapping[str, Stage[Any, Any]]) -> None:
         self.config = config
         self.stages = stages
         self.folder = config.folder
@@ -83,6 +84,19 @@ class RunState:
         if self.manifest is None:
             return Artifacts({}, f"artifacts of run {self.config.run}")
         return self.manifest.paths(self.folder)
+
+    @property
+    def facts(self) -> RunFacts:
+        """What the stages reported; a stage without facts raises ManifestError when it is asked."""
+        return RunFacts(self.facts_of)
+
+    def facts_of(self, stage: str) -> Any:  # noqa: ANN401 - of the kind that the stage declares
+        """What a stage reported last. See `Manifest.facts`."""
+        if stage not in self.stages:
+            raise LookupError(f"{stage} is not among the stages ({', '.join(self.stages)})")
+        if self.manifest is None:
+            raise ManifestError(f"run {self.config.run} has no manifest yet:  kdpipe run")
+        return self.manifest.facts(stage, self.stages[stage].facts)
 
     def require_inputs(self, stage: str) -> None:
         """Refuse a stage whose inputs are missing, stale or damaged.
@@ -132,9 +146,8 @@ class RunState:
             reason = "; ".join(str(d) for d in differences)
             usable = all(d.tool for d in differences) and all(m.usable for m in makers)
             return Examination(name, "stale", reason, differences, usable)
-        for output in record.outputs:
-            if problem := self.damage(output):
-                return Examination(name, "stale", problem)
+        if problem := self._problem(name, record):
+            return Examination(name, "stale", problem)
         for maker in makers:
             if maker.state != "fresh":
                 words = f"{maker.stage} comes first and is {maker.state}: {maker.reason}"
@@ -142,6 +155,12 @@ class RunState:
                 usable = all(m.usable for m in makers)
                 return Examination(name, "stale", cause, usable=usable, cause=cause)
         return Examination(name, "fresh", f"made {record.finished}", usable=True)
+
+    def _problem(self, name: str, record: StageRecord) -> str:
+        """What is wrong with what a completed attempt left, if anything."""
+        if problem := facts_problem(record.facts, self.stages[name].facts):
+            return f"another kdpipe wrote its record: {problem}"
+        return next(filter(None, map(self.damage, record.outputs)), "")
 
     def holder(self) -> str:
         """The other process that works on the run folder now, `pid N since TIME`, or nothing."""

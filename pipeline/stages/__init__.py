@@ -14,7 +14,7 @@ def stage_names() -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def load_stages() -> dict[str, Stage[Any]]:
+def load_stages() -> dict[str, Stage[Any, Any]]:
     """Every stage by name, each after the stages that make its inputs.
 
     Raises:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from metis.backend import CompiledModel
 from metis.voyager.process import find_interpreter, python_with_runtime
+from pipeline.facts import BenchmarkFacts, LatencyFacts, PngLeg, YamlLeg
 from pipeline.params.benchmark import BUNDLED, BenchmarkParams
 from pipeline.run.environment import installed
-from pipeline.run.stage import Facts, Gate, Job, Stage
+from pipeline.run.stage import Gate, Job, Stage
 
 if TYPE_CHECKING:
-    from pipeline.parity.legs import Leg
+    from pipeline.facts import Leg
     from pipeline.reports.report import Measurement
 
 
-def run(job: Job, params: BenchmarkParams) -> Facts:
+def run(job: Job, params: BenchmarkParams) -> BenchmarkFacts:
     """Prove parity, write the bundle, start kdbench.py from it, write the report."""
     from pipeline.delivery.bundle import assemble_bundle
     from pipeline.delivery.device_run import Elsewhere, run_here, run_there
@@ -26,9 +26,7 @@ def run(job: Job, params: BenchmarkParams) -> Facts:
 
     legs = _parity(job)
     bundle, folder = job.outputs.bundle, job.outputs.benchmark_report
-    with job.progress(
-        "float student on test", job.facts["ingest"]["splits"]["test"]["patches"]
-    ) as bar:
+    with job.progress("float student on test", job.facts.ingest.splits["test"].patches) as bar:
         assemble_bundle(
             job.inputs,
             bundle,
@@ -50,19 +48,19 @@ def run(job: Job, params: BenchmarkParams) -> Facts:
     return _facts(measurement, legs)
 
 
-def _facts(measurement: Measurement, legs: list[Leg]) -> Facts:
+def _facts(measurement: Measurement, legs: list[Leg]) -> BenchmarkFacts:
     latency = {row.scope: row for row in measurement.latency}["tensor to logits"]
     assert measurement.throughput is not None  # both scenarios were asked for
-    return {
-        "measured_on": measurement.measured_on,
-        "runtime": measurement.runtime_version,
-        "top1_test": measurement.top1_test.value,
-        "n_test": measurement.top1_test.n,
-        "latency_ms": {"p50": latency.p50, "p90": latency.p90, "p99": latency.p99},
-        "throughput_fps": measurement.throughput.value,
-        "verdict": {"word": measurement.verdict.word, "reasons": measurement.verdict.reasons},
-        "parity": [asdict(leg) for leg in legs],
-    }
+    return BenchmarkFacts(
+        measured_on=measurement.measured_on,
+        runtime=measurement.runtime_version,
+        top1_test=measurement.top1_test.value,
+        n_test=measurement.top1_test.n,
+        latency_ms=LatencyFacts(latency.p50, latency.p90, latency.p99),
+        throughput_fps=measurement.throughput.value,
+        verdict=measurement.verdict,
+        parity=tuple(legs),
+    )
 
 
 def _parity(job: Job) -> list[Leg]:
@@ -73,27 +71,27 @@ def _parity(job: Job) -> list[Leg]:
 
     with job.progress("parity", SAMPLES) as bar:
         legs = image_legs(StudentData(job.inputs), job.inputs.device_pipeline, job.run, bar.update)
-    return [*legs, export_leg(job.facts["distill"]), int8_leg(job.facts["calibrate"])]
+    return [*legs, export_leg(job.facts.distill), int8_leg(job.facts.calibrate)]
 
 
-def gates(params: BenchmarkParams, facts: Facts) -> list[Gate]:
+def gates(params: BenchmarkParams, facts: BenchmarkFacts) -> list[Gate]:
     """Images and YAML give the training tensor; the measurement may be used, or is a smoke run.
 
     The legs export and int8 are in the table, but their own stages judge them.
     """
-    from pipeline.parity.legs import Leg
+    from pipeline.parity.legs import judge
 
-    verdict = facts["verdict"]
-    reasons = "; ".join(verdict["reasons"]) or "all minima reached"
-    legs = [Leg(**values) for values in facts["parity"] if values["name"] in ("png", "yaml")]
-    failed = [leg for leg in legs if leg.judge(params.limits)[1] is False]
+    verdict = facts.verdict
+    reasons = "; ".join(verdict.reasons) or "all minima reached"
+    legs = [judge(leg, params.limits) for leg in facts.parity if isinstance(leg, PngLeg | YamlLeg)]
+    failed = [row for row in legs if row.passed is False]
     return [
         Gate(
             "parity",
             not failed,
-            "; ".join(f"{leg.name}: {leg.words()}" for leg in failed or legs),
+            "; ".join(f"{row.leg.name}: {row.message}" for row in failed or legs),
         ),
-        Gate("verdict", verdict["word"] != "INVALID", f"{verdict['word']}: {reasons}", status=7),
+        Gate("verdict", verdict.word != "INVALID", f"{verdict.word}: {reasons}", status=7),
     ]
 
 
@@ -109,6 +107,7 @@ STAGE = Stage(
     inputs=BUNDLED,
     outputs={"bundle": "bundle", "benchmark_report": "report"},
     params=BenchmarkParams,
+    facts=BenchmarkFacts,
     run=run,
     gates=gates,
     gate_names=("parity", "verdict"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec.structs import asdict, replace
 
 from metis.backend import SCHEMES, SdkOptions, backend_tools, open_backend, require_backend
+from pipeline.facts import CalibrateFacts
 from pipeline.params.calibrate import CalibrateParams
 from pipeline.run.errors import InputError
-from pipeline.run.stage import Facts, Gate, Job, Stage
+from pipeline.run.stage import Gate, Job, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
     from metis.backend import QuantizedModel
     from pipeline.calibration.recipe import Calibrated, Recipe
     from pipeline.data.dataset import StudentData
+    from pipeline.facts import (
+        CalibrationSetFacts,
+        ComparisonFacts,
+        Int8Facts,
+        LayerFacts,
+        SchemeFacts,
+        VariantFacts,
+    )
 
 
 def sources(params: CalibrateParams, root: Path) -> dict[str, Path]:
@@ -23,7 +34,7 @@ def sources(params: CalibrateParams, root: Path) -> dict[str, Path]:
     return {"ranges_file": root / params.ranges_file} if params.ranges_file else {}
 
 
-def run(job: Job, params: CalibrateParams) -> Facts:
+def run(job: Job, params: CalibrateParams) -> CalibrateFacts:
     """Write calibration set, baked student and int8 model; compare them with the float student."""
     import numpy as np
     import onnx
@@ -40,18 +51,33 @@ def run(job: Job, params: CalibrateParams) -> Facts:
         calibrated = watched(job.inputs.student, samples, recipe, bar.update)
     baked = calibrated.baked(recipe, calibrated.ranges(recipe))
     onnx.save(baked, job.outputs.baked_student)
-    facts = {"calibration": described, **_quantized(job, params, calibrated, recipe, data)}
-    recipe = recipe.under(facts["scheme"])  # of several that were tried
+    quantized = _quantized(job, params, calibrated, recipe, data)
+    recipe = recipe.under(quantized.model.scheme)  # of several that were tried
     calibrated.ranges(recipe).save(job.outputs.ranges)
-    facts.update(_examined(job, params, calibrated, recipe, data))
+    baked_facts, variants, worst_layers = _examined(job, params, calibrated, recipe, data)
+    facts = CalibrateFacts(
+        calibration=described,
+        backend=quantized.model.backend,
+        backend_version=quantized.model.version,
+        scheme=quantized.model.scheme,
+        schemes=quantized.schemes,
+        arithmetic=quantized.arithmetic,
+        **asdict(quantized.comparison),
+        emulator=quantized.emulator,
+        baked=baked_facts,
+        host_operators=tuple(calibrated.parts.host_operators),
+        variants=variants,
+        worst_layers=worst_layers,
+        suggestions=(),
+    )
     operators = {node.op_type for node in calibrated.parts.core.graph.node}
-    facts["suggestions"] = suggestions(facts, recipe, operators)
-    for words in facts["suggestions"]:
+    advice = suggestions(facts, recipe, operators)
+    for words in advice:
         job.warn(words)
-    return facts
+    return replace(facts, suggestions=tuple(advice))
 
 
-def _write_set(job: Job, params: CalibrateParams, data: StudentData) -> dict[str, Any]:
+def _write_set(job: Job, params: CalibrateParams, data: StudentData) -> CalibrationSetFacts:
     from pipeline.calibration.samples import choose_samples, write_samples
 
     unfit = json.loads(job.inputs.unfit.read_text())
@@ -61,8 +87,26 @@ def _write_set(job: Job, params: CalibrateParams, data: StudentData) -> dict[str
     folder = job.outputs.calibration_set
     folder.mkdir()
     described = write_samples(folder / "samples.npy", data, choice)
-    (folder / "samples.json").write_text(json.dumps(described) + "\n")
-    return {name: value for name, value in described.items() if name != "rows"}
+    document = {
+        "split": described.split,
+        "samples": described.samples,
+        "classes": described.classes,
+        "left_out": described.left_out,
+        "rows": data.train.rows[choice.indices].tolist(),
+        "sha256": described.sha256,
+    }
+    (folder / "samples.json").write_text(json.dumps(document) + "\n")
+    return described
+
+
+class _Quantized(NamedTuple):
+    """The int8 model that was kept, and what was measured of it."""
+
+    model: QuantizedModel
+    comparison: ComparisonFacts
+    schemes: tuple[SchemeFacts, ...]
+    arithmetic: str
+    emulator: ComparisonFacts | None
 
 
 def _quantized(
@@ -71,7 +115,7 @@ def _quantized(
     calibrated: Calibrated,
     recipe: Recipe,
     data: StudentData,
-) -> dict[str, Any]:
+) -> _Quantized:
     """The backend's int8 model; with the SDK, the emulator's figures beside the SDK's own."""
     from metis.emulator.kernels import arithmetic
     from pipeline.calibration.recipe import emulated
@@ -99,20 +143,14 @@ def _quantized(
         SCHEMES if params.try_schemes else (params.scheme,),
         job.outputs.quantized_model,
     )
-    facts: dict[str, Any] = {
-        "backend": model.backend,
-        "backend_version": model.version,
-        "scheme": model.scheme,
-        "schemes": tried,
-        "arithmetic": arithmetic(model.scheme)[0] if backend.name == "emulator" else "the SDK's",
-        **figures,
-    }
+    beside = None
     if backend.name != "emulator":
         calibrated.ranges(recipe.under(model.scheme)).save(job.outputs.ranges)
         files = job.outputs.baked_student, job.outputs.ranges
         with emulated(*files, model.scheme) as other:
-            facts["emulator"] = compare_int8(job.inputs.student, other, data, data.val)
-    return facts
+            beside = compare_int8(job.inputs.student, other, data, data.val)
+    computed_with = arithmetic(model.scheme)[0] if backend.name == "emulator" else "the SDK's"
+    return _Quantized(model, figures, tried, computed_with, beside)
 
 
 def _examined(
@@ -121,8 +159,8 @@ def _examined(
     calibrated: Calibrated,
     recipe: Recipe,
     data: StudentData,
-) -> dict[str, Any]:
-    """Other ways to quantize, and single layers."""
+) -> tuple[Int8Facts, tuple[VariantFacts, ...], tuple[LayerFacts, ...] | None]:
+    """The baked student in float, other ways to quantize, and single layers."""
     import numpy as np
 
     from pipeline.calibration import study
@@ -133,14 +171,12 @@ def _examined(
     exact = reference_logits(job.inputs.student, frames)
     samples = job.outputs.calibration_set / "samples.npy"
     rounded = reference_logits(job.outputs.baked_student, frames)
-    facts: dict[str, Any] = {
-        # Weights and biases alone, in float: what the vendor's compiler starts from.
-        "baked": {**study.figures(exact, rounded, labels), "measured_on": "host-float"},
-        "host_operators": calibrated.parts.host_operators,
-        "variants": study.variants(
-            calibrated, recipe, job.inputs.student, samples, (frames, exact, labels)
-        ),
-    }
+    # Weights and biases alone, in float: what the vendor's compiler starts from.
+    baked = replace(study.figures(exact, rounded, labels), measured_on="host-float")
+    variants = study.variants(
+        calibrated, recipe, job.inputs.student, samples, (frames, exact, labels)
+    )
+    worst_layers = None
     few = np.unique(np.linspace(0, len(labels) - 1, params.sensitivity).round().astype(int))
     if len(few):
         with job.progress("layers one by one", calibrated.layers) as bar:
@@ -152,20 +188,20 @@ def _examined(
                 labels[few],
                 bar.update,
             )
-        facts["worst_layers"] = found[: study.WORST]
-    return facts
+        worst_layers = tuple(found[: study.WORST])
+    return baked, variants, worst_layers
 
 
-def gates(params: CalibrateParams, facts: Facts) -> list[Gate]:
+def gates(params: CalibrateParams, facts: CalibrateFacts) -> list[Gate]:
     """int8 loses no more than allowed, and there are enough samples to say so."""
-    loss: float = facts["int8_loss_points"]
-    low, high = facts["int8_loss_interval95_points"]
+    loss = facts.int8_loss_points
+    low, high = facts.int8_loss_interval95_points
     limit = params.max_int8_loss
     verdict = "passed" if high <= limit else "failed" if low > limit else "undecided"
     advice = {
         "passed": "",
         "failed": "; `kdpipe status --why calibrate` and the report say what to try",
-        "undecided": f"; {facts['n_val']} validation patches are too few to decide: use more, or "
+        "undecided": f"; {facts.n_val} validation patches are too few to decide: use more, or "
         "raise calibrate.max_int8_loss",
     }
     return [
@@ -197,6 +233,7 @@ STAGE = Stage(
         "quantized_model": "quantized_model",
     },
     params=CalibrateParams,
+    facts=CalibrateFacts,
     run=run,
     sources=sources,
     gates=gates,

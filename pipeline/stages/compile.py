@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from metis.backend import (
     CompiledModel,
@@ -13,14 +15,15 @@ from metis.backend import (
     open_backend,
     require_backend,
 )
+from pipeline.facts import CompileFacts, EstimateFacts
 from pipeline.params.compile import CompileParams
-from pipeline.run.stage import Facts, Gate, Job, Stage
+from pipeline.run.stage import Gate, Job, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def run(job: Job, params: CompileParams) -> Facts:
+def run(job: Job, params: CompileParams) -> CompileFacts:
     """Write the device pipeline; lower the quantized model with the chosen backend."""
     from pipeline.data.dataset import StudentData
     from pipeline.delivery.device_pipeline import measure_device_constants, write_device_pipeline
@@ -30,27 +33,28 @@ def run(job: Job, params: CompileParams) -> Facts:
     obstacle = write_device_pipeline(job, params, data, model.scheme)
     compiled = _compile(job, params, model)
     record = compiled.path / "sdk.json"
-    return {
-        "backend": compiled.backend,
-        "backend_version": compiled.version,
-        "runtime": compiled.runtime,
-        "aipu_cores": compiled.aipu_cores,
-        "sdk": json.loads(record.read_text()) if record.exists() else None,
-        "pipeline_yaml": None if obstacle else f"{job.run}.yaml",
-        "pipeline_yaml_obstacle": obstacle,
-        "device_constants": None if obstacle else measure_device_constants(job, data),
-        "estimate": _estimate(job.inputs.student, params.aipu_cores),
-    }
+    return CompileFacts(
+        backend=compiled.backend,
+        backend_version=compiled.version,
+        runtime=compiled.runtime,
+        aipu_cores=compiled.aipu_cores,
+        sdk=json.loads(record.read_text()) if record.exists() else None,
+        pipeline_yaml=None if obstacle else f"{job.run}.yaml",
+        pipeline_yaml_obstacle=obstacle,
+        device_constants=None if obstacle else measure_device_constants(job, data),
+        estimate=_estimate(job.inputs.student, params.aipu_cores),
+    )
 
 
-def _estimate(student: Path, aipu_cores: int) -> dict[str, Any]:
+def _estimate(student: Path, aipu_cores: int) -> EstimateFacts:
     """What the graph promises on a card; never a measurement."""
     import onnx
 
     from metis.estimate.cost_model import Settings
     from metis.estimate.estimator import estimate
 
-    return estimate(onnx.load(student), Settings(aipu_cores)).facts()
+    found = estimate(onnx.load(student), Settings(aipu_cores))
+    return msgspec.convert(found.facts(), EstimateFacts)
 
 
 def _compile(job: Job, params: CompileParams, model: QuantizedModel) -> CompiledModel:
@@ -68,18 +72,17 @@ def _compile(job: Job, params: CompileParams, model: QuantizedModel) -> Compiled
     return compile_with_deploy(options, model, pipeline, into, aipu_cores=cores)
 
 
-def gates(params: CompileParams, facts: Facts) -> list[Gate]:
+def gates(params: CompileParams, facts: CompileFacts) -> list[Gate]:
     """The device pipe's three decimals leave the student's tensor as it is, nearly."""
-    constants = facts["device_constants"]
-    if constants is None:
+    if facts.device_constants is None:
         return []
     limit = params.max_constant_error
-    channels = constants["channels"]
-    vanished = [c for c in channels if c["worst"] is None]
-    off = [c for c in channels if c["worst"] is not None and c["worst"] > limit]
-    what = [f"the std of band {c['band']} vanishes" for c in vanished]
-    for channel in off or ([] if vanished else [max(channels, key=lambda c: c["worst"])]):
-        what.append(f"band {channel['band']} is off by up to {channel['worst']:.3g} sigma there")
+    channels = facts.device_constants.channels
+    vanished = [c for c in channels if c.worst is None]
+    off = [c for c in channels if c.worst is not None and c.worst > limit]
+    what = [f"the std of band {c.band} vanishes" for c in vanished]
+    for channel in off or ([] if vanished else [max(channels, key=lambda c: c.worst or 0.0)]):
+        what.append(f"band {channel.band} is off by up to {channel.worst:.3g} sigma there")
     return [
         Gate(
             "device_constants",
@@ -103,6 +106,7 @@ STAGE = Stage(
     ),
     outputs={"compiled_model": "compiled_model", "device_pipeline": "device_pipeline"},
     params=CompileParams,
+    facts=CompileFacts,
     run=run,
     gates=gates,
     gate_names=("device_constants",),

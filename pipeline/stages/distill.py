@@ -7,9 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+from msgspec import structs
+
+from pipeline.facts import (
+    DistillFacts,
+    OperatorFacts,
+    QuantizationAwareFacts,
+    RewriteFacts,
+    StudentFacts,
+)
 from pipeline.params.distill import DistillParams, contradictions, float_part, loss_in_words
 from pipeline.run.errors import InputError, nearest, require_extra
-from pipeline.run.stage import Facts, Gate, Job, Stage
+from pipeline.run.stage import Gate, Job, Stage
 
 if TYPE_CHECKING:
     from pipeline.training.task import Task
@@ -24,7 +34,7 @@ def sources(params: DistillParams, root: Path) -> dict[str, Path]:
     return {"init": root / params.init} if params.init else {}
 
 
-def run(job: Job, params: DistillParams) -> Facts:
+def run(job: Job, params: DistillParams) -> DistillFacts:
     """Check the network, train it, export it, and prove the export equal to what was trained."""
     from pipeline.data.dataset import StudentData
     from pipeline.training.loop import train_all
@@ -37,22 +47,24 @@ def run(job: Job, params: DistillParams) -> Facts:
     found = train_all(list(tasks.values()), job.folder, job.progress)
     training = job.outputs.training
     training.mkdir()
-    facts: dict[str, Facts] = {}
+    quantization_aware = None
+    facts: dict[str, StudentFacts] = {}
     for (name, task), trained in zip(tasks.items(), found, strict=True):
         if name == "student" and params.quantization_aware.share:
-            facts[name] = _last_part(job, params, task, trained)
+            facts[name], quantization_aware = _last_part(job, params, task, trained)
             continue
         onnx = job.outputs.student if name == "student" else training / f"{name}.onnx"
-        facts[name] = {**trained, **_exported(job, task, training, onnx, name)}
-    operators["rewrites"] = facts["student"].pop("rewrites")
-    return {
-        **facts.pop("student"),
-        "student": params.student,
-        "macs": operators["macs"],
-        "operators": operators,
-        "loss": loss_in_words(params),
-        "baselines": facts,
-    }
+        facts[name] = _exported(job, task, trained, training, onnx, name)
+    student = facts.pop("student")
+    return DistillFacts(
+        **structs.asdict(structs.replace(student, rewrites=None)),
+        quantization_aware=quantization_aware,
+        student=params.student,
+        macs=operators.macs,
+        operators=structs.replace(operators, rewrites=student.rewrites),
+        loss=loss_in_words(params),
+        baselines=facts,
+    )
 
 
 def _task(job: Job, params: DistillParams, classes: int, name: str) -> Task:
@@ -73,36 +85,41 @@ def _task(job: Job, params: DistillParams, classes: int, name: str) -> Task:
     )
 
 
-def _last_part(job: Job, params: DistillParams, before: Task, trained: Facts) -> Facts:
+def _last_part(
+    job: Job, params: DistillParams, before: Task, trained: dict[str, Any]
+) -> tuple[StudentFacts, QuantizationAwareFacts]:
     """Go on with the folded student on the int8 grid; measure what that changed."""
     from pipeline.training.loop import train_all
     from pipeline.training.quantization_aware import Start
 
     training = job.outputs.training
     folded = training / "folded.onnx"
-    first = {**trained, **_exported(job, before, training, folded, "float")}
+    first = _exported(job, before, trained, training, folded, "float")
     start = Start.write(before, folded, job.scratch)
     tasks = {"after": start.task(before, params, "quantization_aware", on_grid=True)}
     if params.quantization_aware.control:
         tasks["control"] = start.task(before, params, "control", on_grid=False)
     found = train_all(list(tasks.values()), job.folder, job.progress)
-    facts: dict[str, Facts] = {"before": {**first, "int8": start.int8_facts(before, folded)}}
+    int8 = start.int8_facts(before, folded)
+    facts = {"before": structs.replace(first, rewrites=None, int8=int8)}
     for (name, task), trained in zip(tasks.items(), found, strict=True):
         onnx = job.outputs.student if name == "after" else training / f"{name}.onnx"
         prefix = "student" if name == "after" else name
-        facts[name] = {**trained, **_exported(job, task, training, onnx, prefix)}
-        facts[name]["int8"] = start.int8_facts(task, onnx)
+        exported = _exported(job, task, trained, training, onnx, prefix)
+        facts[name] = structs.replace(exported, int8=start.int8_facts(task, onnx))
     after = facts["after"]
-    return {
-        **{key: value for key, value in after.items() if key != "int8"},
-        "rewrites": facts["before"].pop("rewrites"),
-        **{key: first[key] + after[key] for key in ("epochs", "steps")},
-        "best_epoch": first["epochs"] + after["best_epoch"],
-        "quantization_aware": {"samples": start.count, **facts},
-    }
+    student = structs.replace(
+        after,
+        epochs=first.epochs + after.epochs,
+        steps=first.steps + after.steps,
+        best_epoch=first.epochs + after.best_epoch,
+        rewrites=first.rewrites,
+        int8=None,
+    )
+    return student, QuantizationAwareFacts(start.count, **facts)
 
 
-def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, Any]:
+def _check_operators(job: Job, params: DistillParams, task: Task) -> OperatorFacts:
     """Export the untrained student and see whether the chip can run it."""
     from pipeline.networks.export import export_student
 
@@ -119,14 +136,17 @@ def _check_operators(job: Job, params: DistillParams, task: Task) -> dict[str, A
         from pipeline.training.folded_network import check_trainable
 
         check_trainable(path)
-    return {
-        "macs": report.macs,
-        "share_on_chip": report.share_on_chip,
-        "refused": [f"{node.op_type} {node.name}: {node.reason}" for node in report.refused],
-    }
+    return OperatorFacts(
+        macs=report.macs,
+        share_on_chip=report.share_on_chip,
+        refused=tuple(f"{node.op_type} {node.name}: {node.reason}" for node in report.refused),
+        rewrites=(),
+    )
 
 
-def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Facts:
+def _exported(
+    job: Job, task: Task, trained: dict[str, Any], training: Path, onnx: Path, name: str
+) -> StudentFacts:
     """Copy what training left, export, and compare the export with torch."""
     import shutil
 
@@ -135,33 +155,35 @@ def _exported(job: Job, task: Task, training: Path, onnx: Path, name: str) -> Fa
     from pipeline.networks.inference import answers, reference_network
     from pipeline.parity.logits import compare_export
     from pipeline.tasks.metrics import top1
+    from pipeline.training import task as tasks
     from pipeline.training.folded_network import export_folded
-    from pipeline.training.task import trained
 
     prefix = "" if name == "student" else f"{name}-"
     for file in sorted(Path(task.folder).iterdir()):
         if file.is_file():
             shutil.copyfile(file, training / f"{prefix}{file.name}")
-    student = trained(task)
+    student = tasks.trained(task)
     data, val = task.data, task.data.val
-    rewrites = []
+    rewrites: tuple[RewriteFacts, ...] = ()
     if task.folded is None:
         proof = data.tensors(val, slice(PROOF_SAMPLES))
-        rewrites = export_student(student, data.student_input, onnx, proof).facts()
+        legalized = export_student(student, data.student_input, onnx, proof)
+        rewrites = msgspec.convert(legalized.facts(), tuple[RewriteFacts, ...])
     else:
         export_folded(student, onnx)
     by_torch, by_onnx = answers(
         val.images, data.student_input, partial(torch_logits, student), reference_network(onnx)
     )
-    return {
-        "parameters": parameter_count(student),
-        "size_bytes": onnx.stat().st_size,
-        "top1_val": top1(by_onnx, val.labels),
-        "measured_on": "host-float",
-        "n_val": len(val.labels),
-        "export": compare_export(by_torch, by_onnx),
-        "rewrites": rewrites,
-    }
+    return StudentFacts(
+        **trained,
+        parameters=parameter_count(student),
+        size_bytes=onnx.stat().st_size,
+        top1_val=top1(by_onnx, val.labels),
+        measured_on="host-float",
+        n_val=len(val.labels),
+        export=compare_export(by_torch, by_onnx),
+        rewrites=rewrites,
+    )
 
 
 def ready(params: DistillParams) -> None:
@@ -182,10 +204,9 @@ def ready(params: DistillParams) -> None:
             raise InputError(f"distill: {words}")
 
 
-def gates(params: DistillParams, facts: Facts) -> list[Gate]:
+def gates(params: DistillParams, facts: DistillFacts) -> list[Gate]:
     """The ONNX student computes what the torch student computed."""
-    export = facts["export"]
-    difference, agreed = export["max_abs_logit_difference"], export["top1_agreement"]
+    difference, agreed = facts.export.max_abs_logit_difference, facts.export.top1_agreement
     return [
         Gate(
             "export",
@@ -200,6 +221,7 @@ STAGE = Stage(
     inputs=("contract", "student_input", "dataset", "teaching"),
     outputs={"student": "student.onnx", "training": "training"},
     params=DistillParams,
+    facts=DistillFacts,
     run=run,
     sources=sources,
     gates=gates,

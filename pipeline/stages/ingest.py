@@ -5,14 +5,15 @@ from __future__ import annotations
 import glob
 import json
 import shutil
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from pipeline.facts import IngestFacts, SplitFacts, ViewFacts
 from pipeline.params.ingest import IngestParams
 from pipeline.run.errors import InputError, require_extra
-from pipeline.run.stage import Facts, Job, Stage
+from pipeline.run.stage import Job, Stage
 from preprocessing.contract import load_contract
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _ready_split(format: str, name: str, split: SplitParams) -> None:
         raise InputError(f"{where}.labels: {why}; leave this out")
 
 
-def run(job: Job, params: IngestParams) -> Facts:
+def run(job: Job, params: IngestParams) -> IngestFacts:
     """Check everything, then write images, labels and the ensemble's answers."""
     from pipeline.data.checks import (
         band_table,
@@ -117,7 +118,7 @@ def run(job: Job, params: IngestParams) -> Facts:
     student, quality = choose_student_input(
         job, params.student, contract, statistics, splits["train"]
     )
-    facts = teach(job, params, contract, teachers, splits)
+    ensemble = teach(job, params, contract, teachers, threads, splits)
     unfit = {"elsewhere": rows_elsewhere(surveys).tolist()}
     for name, split in splits.items():
         folder = job.outputs.test_set if name == "test" else job.outputs.dataset / name
@@ -129,28 +130,28 @@ def run(job: Job, params: IngestParams) -> Facts:
     job.outputs.labels.write_text("".join(f"{label}\n" for label in contract.labels))
     job.outputs.student_input.write_text(student.to_json())
     synthetic = sorted({s.source.synthetic for s in splits.values() if s.source.synthetic})
-    described: dict[str, dict[str, Any]] = {
-        name: {
-            "patches": len(split),
-            "classes": class_histogram(split.labels, len(contract.labels)),
-            "bad_patches_dropped": len(surveys[name].bad),
-        }
+    described = {
+        name: SplitFacts(
+            patches=len(split),
+            classes=tuple(class_histogram(split.labels, len(contract.labels))),
+            bad_patches_dropped=len(surveys[name].bad),
+        )
         for name, split in splits.items()
     }
     # Without a word of the test split: nothing that is made may depend on it.
-    known = {name: found for name, found in described.items() if name != "test"}
+    known = {n: msgspec.to_builtins(split) for n, split in described.items() if n != "test"}
     summary = {"contract": contract.sha256, "synthetic": synthetic, "splits": known}
     (job.outputs.dataset / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return {
-        "synthetic": synthetic,
-        "splits": described,
-        "leaks": leaks,
-        "bands": band_table(contract, statistics, splits["train"]),
-        "student_input": asdict(student),
-        "encoding": quality,
-        "teachers": {**facts, "threads": threads},
-        "views": msgspec.to_builtins(params.views),
-    }
+    return IngestFacts(
+        synthetic=tuple(synthetic),
+        splits=described,
+        leaks=leaks,
+        bands=band_table(contract, statistics, splits["train"]),
+        student_input=student,
+        encoding=quality,
+        teachers=ensemble,
+        views=msgspec.convert(params.views, ViewFacts, from_attributes=True),
+    )
 
 
 def label_shard(
@@ -276,6 +277,7 @@ STAGE = Stage(
         "unfit": "unfit_for_calibration.json",
     },
     params=IngestParams,
+    facts=IngestFacts,
     run=run,
     sources=sources,
     ready=ready,

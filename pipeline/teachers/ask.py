@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from pipeline.facts import EnsembleFacts, TeacherFacts
 from pipeline.run.errors import InputError
 from pipeline.teachers.answer_cache import BLOCK, Labelling, picked, seen_bands, teacher_digest
 from pipeline.teachers.conventions import (
@@ -76,9 +78,12 @@ def teach(
     params: IngestParams,
     contract: Contract,
     teachers: list[Teacher],
+    threads: str,
     splits: Mapping[str, Split],
-) -> dict[str, Any]:
+) -> EnsembleFacts:
     """Write the artifact `teaching` and return the facts about the teachers.
+
+    `threads` says in words how onnxruntime runs them.
 
     Raises:
         InputError: a teacher is not the one that was recorded.
@@ -118,22 +123,24 @@ def teach(
 
     weights = [teacher.params.weight for teacher in teachers]
     together = ensemble.logits(outputs)
-    about = describe_ensemble(logits, weights, temperatures, val.labels)
-    return {
-        "members": [
-            {**found, "temperature": temperature}
-            for found, temperature in zip(described, temperatures, strict=True)
-        ],
-        "rule": params.combine,
-        "mode": params.teacher_mode,
-        **about["rules"][params.combine],
-        "rules": about["rules"],
-        "agreement": about["agreement"],
-        "measured_on": "host-float",
-        "n_val": len(val),
-        "logit_mean": float(together.mean()),
-        "logit_std": float(together.std()),
-    }
+    rules, agreement = describe_ensemble(logits, weights, temperatures, val.labels)
+    return EnsembleFacts(
+        members=tuple(
+            msgspec.structs.replace(member, temperature=temperature)
+            for member, temperature in zip(described, temperatures, strict=True)
+        ),
+        rule=params.combine,
+        mode=params.teacher_mode,
+        top1_val=rules[params.combine].top1_val,
+        ece_val=rules[params.combine].ece_val,
+        rules=rules,
+        agreement=agreement,
+        measured_on="host-float",
+        n_val=len(val),
+        logit_mean=float(together.mean()),
+        logit_std=float(together.std()),
+        threads=threads,
+    )
 
 
 def _label(job: Job, asked: Labelling, split: Split, digest: str, views: int) -> None:
@@ -165,7 +172,7 @@ def _describe(
     val: Split,
     logits: list[NDArray[np.float32]],
     probabilities: list[bool],
-) -> list[dict[str, Any]]:
+) -> list[TeacherFacts]:
     """Figures of every teacher; the first one that is not what was recorded ends the stage."""
     bands = seen_bands(teachers)
     chosen = np.unique(np.linspace(0, len(val) - 1, min(SAMPLE, len(val))).round().astype(int))
@@ -183,7 +190,7 @@ def _describe(
         )
         tried: dict[str, float] = {}
         doubtful = teacher.params.recorded_top1 is None and (
-            figures["top1_val"] < params.doubtful_top1
+            figures.top1_val < params.doubtful_top1
         )
         if missed or doubtful:
             n = val.source.shape(teacher.modality)[2]
@@ -200,18 +207,24 @@ def _describe(
         if ending != "logits":
             job.warn(_about_softmax(teacher, ending))
         described.append(
-            {
-                "name": teacher.name,
-                "modality": teacher.modality,
-                "bands": list(teacher.bands),
-                "weight": teacher.params.weight,
-                "opset": teacher.opset,
-                "batch": teacher.batch,
-                "output": ending,
-                **figures,
-                "recorded_top1": teacher.params.recorded_top1,
-                "conventions": tried,
-            }
+            TeacherFacts(
+                name=teacher.name,
+                modality=teacher.modality,
+                bands=tuple(teacher.bands),
+                weight=teacher.params.weight,
+                opset=teacher.opset,
+                batch=teacher.batch,
+                output=ending,
+                top1_val=figures.top1_val,
+                ece_val=figures.ece_val,
+                logit_mean=figures.logit_mean,
+                logit_std=figures.logit_std,
+                input_min=figures.input_min,
+                input_max=figures.input_max,
+                recorded_top1=teacher.params.recorded_top1,
+                conventions=tried,
+                temperature=1.0,
+            )
         )
     return described
 

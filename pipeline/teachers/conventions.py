@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.facts import RuleFacts
 from pipeline.tasks.metrics import agreement, expected_calibration_error, top1
 from pipeline.teachers.ensemble import combine
 from preprocessing.apply import scale, teacher_tensor, to_nchw
 from preprocessing.resize import resize_float
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -39,9 +40,21 @@ class Missed:
         return f"{self.what} {self.found:.4g}, recorded {self.recorded:.4g} (limit {self.limit:g})"
 
 
+@dataclass(frozen=True)
+class TeacherFigures:
+    """What one teacher says on the validation split."""
+
+    top1_val: float  # fraction
+    ece_val: float  # expected calibration error
+    logit_mean: float
+    logit_std: float
+    input_min: float  # of the tensor that the network sees
+    input_max: float
+
+
 def describe_member(
     teacher: Teacher, logits: NDArray[np.float32], labels: NDArray[np.int64], sample: NDArray[Any]
-) -> dict[str, Any]:
+) -> TeacherFigures:
     """Figures of one teacher on the validation split.
 
     Args:
@@ -51,14 +64,14 @@ def describe_member(
         sample: some stored patches of its bands.
     """
     tensor = teacher.prepare(sample)
-    return {
-        "top1_val": top1(logits, labels),
-        "ece_val": expected_calibration_error(logits, labels),
-        "logit_mean": float(logits.mean()),
-        "logit_std": float(logits.std()),
-        "input_min": float(tensor.min()),
-        "input_max": float(tensor.max()),
-    }
+    return TeacherFigures(
+        top1_val=top1(logits, labels),
+        ece_val=expected_calibration_error(logits, labels),
+        logit_mean=float(logits.mean()),
+        logit_std=float(logits.std()),
+        input_min=float(tensor.min()),
+        input_max=float(tensor.max()),
+    )
 
 
 def describe_ensemble(
@@ -66,22 +79,21 @@ def describe_ensemble(
     weights: Sequence[float],
     temperatures: Sequence[float],
     labels: NDArray[np.int64],
-) -> dict[str, Any]:
+) -> tuple[dict[str, RuleFacts], tuple[tuple[float, ...], ...]]:
     """Top-1 and calibration error under both rules, and how often members agree."""
     rules = {}
     for rule in ("mean_logits", "mean_probabilities"):
         logits = combine(members, weights, rule, temperatures)
-        rules[rule] = {
-            "top1_val": top1(logits, labels),
-            "ece_val": expected_calibration_error(logits, labels),
-        }
-    matrix = [[agreement(one, other) for other in members] for one in members]
-    return {"rules": rules, "agreement": matrix}
+        rules[rule] = RuleFacts(
+            top1_val=top1(logits, labels),
+            ece_val=expected_calibration_error(logits, labels),
+        )
+    return rules, tuple(tuple(agreement(one, other) for other in members) for one in members)
 
 
 def missed_records(
     teacher: Teacher,
-    figures: Mapping[str, float],
+    figures: TeacherFigures,
     max_top1: float,
     max_logits: float,
     *,
@@ -99,11 +111,11 @@ def missed_records(
             and what was recorded of them can't be compared.
     """
     params = teacher.params
-    spread = params.recorded_logit_std or figures["logit_std"] or 1.0
+    spread = params.recorded_logit_std or figures.logit_std or 1.0
     checks = (
-        ("top-1", params.recorded_top1, figures["top1_val"], max_top1),
-        ("mean logit", params.recorded_logit_mean, figures["logit_mean"], max_logits * spread),
-        ("logit std", params.recorded_logit_std, figures["logit_std"], max_logits * spread),
+        ("top-1", params.recorded_top1, figures.top1_val, max_top1),
+        ("mean logit", params.recorded_logit_mean, figures.logit_mean, max_logits * spread),
+        ("logit std", params.recorded_logit_std, figures.logit_std, max_logits * spread),
     )
     return [
         Missed(what, recorded, found, limit)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import onnx
+from msgspec.structs import asdict
 
 from metis.emulator.execute import int8_logits
 from metis.quantize.folding import prepare
@@ -25,6 +26,7 @@ from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import choose
 from pipeline.calibration.recipe import Recipe, watched
 from pipeline.calibration.study import figures
+from pipeline.facts import Int8LossFacts
 from pipeline.networks.inference import reference_logits
 from pipeline.params.distill import float_part
 from pipeline.tasks.metrics import paired_difference
@@ -115,7 +117,7 @@ class Start:
             logs=str(Path(before.logs).with_name(name)),
         )
 
-    def int8_facts(self, task: Task, student: Path) -> dict[str, Any]:
+    def int8_facts(self, task: Task, student: Path) -> Int8LossFacts:
         """What int8 costs a student on the validation split, in the emulator.
 
         Args:
@@ -129,11 +131,11 @@ class Start:
         loss, interval = paired_difference(
             exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
         )
-        return {
-            **figures(exact, int8, val.labels),
-            "loss_points": 100 * loss,
-            "loss_interval95_points": [100 * bound for bound in interval],
-        }
+        return Int8LossFacts(
+            **asdict(figures(exact, int8, val.labels)),
+            loss_points=100 * loss,
+            loss_interval95_points=(100 * interval[0], 100 * interval[1]),
+        )
 
 
 def emulated_logits(

@@ -1,17 +1,14 @@
 import json
 
+import msgspec
 import pytest
 
 from metis.backend import BackendError, QuantizedModel
 from pipeline.calibration.schemes import quantize_best
+from pipeline.facts import ComparisonFacts
 
-FIGURES = {
-    "a": {"top1_val_int8": 0.8, "logits_sqnr_db": 30.0},
-    "b": {"top1_val_int8": 0.9, "logits_sqnr_db": 20.0},
-    "c": {"top1_val_int8": 0.9, "logits_sqnr_db": 25.0},
-    "exact": {"top1_val_int8": 0.9, "logits_sqnr_db": None},
-}
-OTHERS = {"int8_loss_points": 0.0, "top1_agreement": 1.0}
+#: By scheme: top-1 of the int8 model, SQNR of its logits in dB.
+FIGURES = {"a": (0.8, 30.0), "b": (0.9, 20.0), "c": (0.9, 25.0), "exact": (0.9, None)}
 
 
 def quantize(scheme, into):
@@ -24,7 +21,19 @@ def quantize(scheme, into):
 
 
 def measure(model):
-    return {**FIGURES[model.scheme], **OTHERS}
+    top1, sqnr = FIGURES[model.scheme]
+    return ComparisonFacts(
+        n_val=10,
+        top1_val_float=0.9,
+        top1_val_int8=top1,
+        measured_on="host-emulation",
+        top1_agreement=1.0,
+        logits_cosine_mean=1.0,
+        logits_cosine_min=1.0,
+        logits_sqnr_db=sqnr,
+        int8_loss_points=0.0,
+        int8_loss_interval95_points=(0.0, 0.0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,15 +43,19 @@ def measure(model):
 def test_the_best_top1_is_kept_then_the_best_sqnr(tmp_path, schemes, best):
     model, figures, rows = quantize_best(quantize, measure, schemes, tmp_path / "int8")
     assert model.scheme == best
-    assert figures["top1_val_int8"] == FIGURES[best]["top1_val_int8"]
-    assert [row["scheme"] for row in rows] == list(schemes)
-    assert [row["scheme"] for row in rows if row["chosen"]] == [best]
+    assert figures.top1_val_int8 == FIGURES[best][0]
+    assert [row.scheme for row in rows] == list(schemes)
+    assert [row.scheme for row in rows if row.chosen] == [best]
     assert list(tmp_path.iterdir()) == [tmp_path / "int8"]
     assert json.loads((tmp_path / "int8" / "quantized.json").read_text())["scheme"] == best
 
 
 def test_a_scheme_that_is_refused_is_a_row_and_all_of_them_are_an_error(tmp_path):
     _, _, rows = quantize_best(quantize, measure, ["no1", "a"], tmp_path / "int8")
-    assert rows[0] == {"scheme": "no1", "refused": "the SDK refused no1", "chosen": False}
+    assert msgspec.to_builtins(rows[0]) == {
+        "scheme": "no1",
+        "refused": "the SDK refused no1",
+        "chosen": False,
+    }
     with pytest.raises(BackendError, match="the SDK refused no1"):
         quantize_best(quantize, measure, ["no1", "no2"], tmp_path / "other")

@@ -1,8 +1,10 @@
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
+from pipeline.facts import ComparisonFacts, RewriteFacts
 from pipeline.reports.pages import write_report
 from pipeline.reports.report import ReportError, parse_measurement, parse_report, summary_lines
 
@@ -107,32 +109,34 @@ def test_an_emulation_reads_nothing_off_a_device(tree, path, value, words):
 
 
 def test_an_estimate_never_says_that_it_was_measured(tree):
-    board = {"throughput": {"value": 900.0, "unit": "frames/s", "measured_on": "estimate"}}
-    tree["estimate"] = {"measured_on": "estimate", "boards": {"pcie": board}}
-    parse(tree)
-    board["throughput"]["measured_on"] = "device"
-    with pytest.raises(ReportError, match=r"estimate\.boards\.pcie\.throughput says measured_on"):
+    tree["estimate"]["boards"]["pcie"]["throughput"]["measured_on"] = "device"
+    with pytest.raises(
+        ReportError, match=r"'device' - at `\$\.estimate\.boards\[\.\.\.\]\.throughput"
+    ):
         parse(tree)
 
 
 def test_what_is_not_known_is_left_out_and_what_is_known_is_shown(tree, finished, tmp_path):
     samples = finished.artifact("benchmark_report") / "samples.npz"
-    figure = {
-        "value": 900.0,
-        "unit": "frames/s",
-        "measured_on": "estimate",
-        "low": 800.0,
-        "high": 999.0,
-    }
-    board = {"throughput": figure, "latency": {**figure, "value": 1.5, "unit": "ms", "low": None}}
+    board = tree["estimate"]["boards"]["pcie"]
+    rate = {**board["throughput"], "value": 900.0, "low": 800.0, "high": 999.0}
+    emulator = ComparisonFacts(
+        n_val=60,
+        top1_val_float=0.9,
+        top1_val_int8=0.895,
+        measured_on="host-emulation",
+        top1_agreement=0.98,
+        logits_cosine_mean=1.0,
+        logits_cosine_min=0.9,
+        logits_sqnr_db=None,
+        int8_loss_points=0.5,
+        int8_loss_interval95_points=(0.0, 1.0),
+    )
+    rewrite = RewriteFacts("global pool", "gate_3", "a ReduceMean became a pool", 0.0, 0.0)
     known = {
-        "int8_emulator": {
-            "int8_loss_points": 0.5,
-            "top1_agreement": 0.98,
-            "measured_on": "host-emulation",
-        },
-        "rewrites": [{"node": "gate_3", "words": "a ReduceMean became a GlobalAveragePool"}],
-        "estimate": {"boards": {"pcie": board}, "misses": ["a miss"], "obstacle": None},
+        "int8_emulator": msgspec.to_builtins(emulator),
+        "rewrites": [msgspec.to_builtins(rewrite)],
+        "estimate": {**tree["estimate"], "boards": {"pcie": {**board, "throughput": rate}}},
     }
     shown = (
         "emulator's, on the same patches: +0.50",

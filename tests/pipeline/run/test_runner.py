@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import pytest
 
 from pipeline.run.config import Config
@@ -34,6 +35,10 @@ class LastParams(Params, frozen=True):
     words: tuple[str, ...] = ()
 
 
+class Length(msgspec.Struct):
+    length: int  # characters
+
+
 @dataclass
 class Behaviour:
     """What the stages do besides their work, and what they did."""
@@ -58,6 +63,7 @@ class Bench:
                 inputs=(),
                 outputs={"contract": "contract.txt"},
                 params=ReadParams,
+                facts=Length,
                 run=self.read,
                 sources=lambda params, root: {"contract": root / params.file},
             ),
@@ -65,14 +71,19 @@ class Bench:
                 inputs=("contract",),
                 outputs={"doubled": "doubled"},
                 params=DoubleParams,
+                facts=Length,
                 run=self.double,
                 gates=lambda params, facts: [
-                    Gate("length", facts["length"] <= params.limit, f"length {facts['length']}")
+                    Gate("length", facts.length <= params.limit, f"length {facts.length}")
                 ],
                 tools=lambda params: self.does.tools,
             ),
             "last": Stage(
-                inputs=("doubled",), outputs={"end": "end.txt"}, params=LastParams, run=self.last
+                inputs=("doubled",),
+                outputs={"end": "end.txt"},
+                params=LastParams,
+                facts=dict,
+                run=self.last,
             ),
         }
 
@@ -80,7 +91,7 @@ class Bench:
         self.does.ran.append("read")
         text = job.sources["contract"].read_text() + params.suffix
         job.outputs.contract.write_text(text)
-        return {"length": len(text)}
+        return Length(len(text))
 
     def double(self, job, params):
         self.does.ran.append("double")
@@ -90,11 +101,11 @@ class Bench:
         job.outputs.doubled.mkdir()
         (job.outputs.doubled / "a.txt").write_text(text)
         (job.outputs.doubled / "b.txt").write_text("b")
-        return {"length": len(text)}
+        return Length(len(text))
 
     def last(self, job, params):
         self.does.ran.append("last")
-        assert job.facts["read"]["length"] > 0
+        assert job.facts.read.length > 0
         job.outputs.end.write_text("end")
         return {}
 
@@ -433,6 +444,45 @@ def test_a_source_that_changes_while_it_is_read_is_refused(bench):
 def test_a_stage_that_forgets_an_output_is_found_out(bench):
     bench.stages["last"] = Stage(**{**vars(bench.stages["last"]), "run": lambda job, params: {}})
     with pytest.raises(StageError, match=r"last did not write end \(end\.txt\)"):
+        bench.run()
+
+
+def edit_facts(bench, stage, facts):
+    manifest = bench.manifest
+    manifest["stages"][stage]["facts"] = facts
+    (bench.folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_record_whose_facts_do_not_fit_is_stale_and_says_where(bench):
+    bench.run()
+    edit_facts(bench, "double", {"size": 6})
+    assert bench.states() == {"read": "fresh", "double": "stale", "last": "stale"}
+    assert bench.reason("double") == (
+        "another kdpipe wrote its record: facts: object missing required field `length`"
+    )
+    with pytest.raises(InputError, match="but double is stale: another kdpipe"):
+        bench.run("last")
+    assert bench.run() == ["double"]  # it makes the same, so `last` need not run
+    assert bench.states()["last"] == "fresh"
+
+
+def test_who_reads_facts_that_do_not_fit_or_are_not_there_gets_one_line(bench):
+    bench.run("read")
+    edit_facts(bench, "read", {"length": "six"})
+    facts = RunState(bench.config, bench.stages).facts
+    with pytest.raises(ManifestError, match=r"stages\.read\.facts\.length: expected `int`"):
+        _ = facts.read
+    with pytest.raises(ManifestError, match="run r has no facts of last, which did not run yet"):
+        _ = facts.last
+    with pytest.raises(LookupError, match=r"raed is not among the stages \(read, double, last\)"):
+        _ = facts.raed
+
+
+def test_facts_that_their_own_type_refuses_are_a_bug_of_the_stage(bench):
+    bench.stages["last"] = Stage(
+        **{**vars(bench.stages["last"]), "facts": Length, "run": lambda job, params: Length("six")}
+    )
+    with pytest.raises(StageError, match=r"last reports .* refuses: facts\.length: expected `int`"):
         bench.run()
 
 

@@ -17,7 +17,11 @@ class SomeParams(Params, frozen=True):
 
 def stage(inputs, *outputs):
     return Stage(
-        inputs=inputs, outputs={o: o for o in outputs}, params=SomeParams, run=lambda j, p: {}
+        inputs=inputs,
+        outputs={o: o for o in outputs},
+        params=SomeParams,
+        facts=dict,
+        run=lambda j, p: {},
     )
 
 

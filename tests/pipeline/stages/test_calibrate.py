@@ -1,5 +1,6 @@
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -90,7 +91,7 @@ def test_no_image_is_taken_twice():
 )
 def test_the_gate_wants_the_whole_interval_below_the_limit(loss, interval, verdict):
     facts = {"int8_loss_points": loss, "int8_loss_interval95_points": interval, "n_val": 500}
-    (gate,) = gates(CalibrateParams(), facts)
+    (gate,) = gates(CalibrateParams(), SimpleNamespace(**facts))
     assert gate.message.startswith(f"{verdict}: int8 loses")
     assert gate.passed == (verdict == "passed")
 

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import onnx
 import pytest
 import timm
 
 from metis.operators.report import check_model
+from pipeline.facts import ExportFacts
 from pipeline.networks.names import ALIASES, timm_networks
 from pipeline.params.distill import (
     DistillParams,
@@ -125,7 +128,7 @@ def test_the_effective_loss_is_said_in_words():
 
 def test_the_export_gate_wants_small_differences_and_full_agreement():
     def passed(difference, agreement):
-        facts = {"export": {"max_abs_logit_difference": difference, "top1_agreement": agreement}}
+        facts = SimpleNamespace(export=ExportFacts(difference, agreement))
         return gates(DistillParams(), facts)[0].passed
 
     assert passed(1e-5, 1.0)

@@ -1,6 +1,7 @@
 """A wrong teacher, or the right one shown the wrong input, is seen before anybody trains."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -111,13 +112,13 @@ def test_records_that_are_reproduced_pass_and_others_do_not(tmp_path, data):
     made = make_contract(data[0])
     figures = described(teacher_for(tmp_path, made, made), data)
     recorded = {
-        "recorded_top1": figures["top1_val"],
-        "recorded_logit_mean": figures["logit_mean"],
-        "recorded_logit_std": figures["logit_std"],
+        "recorded_top1": figures.top1_val,
+        "recorded_logit_mean": figures.logit_mean,
+        "recorded_logit_std": figures.logit_std,
     }
     same = teacher_for(tmp_path, made, made, **recorded)
     assert missed_records(same, described(same, data), 0.005, 0.1) == []
-    shifted = {**described(same, data), "logit_mean": 9.0}
+    shifted = replace(described(same, data), logit_mean=9.0)
     assert [m.what for m in missed_records(same, shifted, 0.005, 0.1)] == ["mean logit"]
     assert missed_records(same, shifted, 0.005, 0.1, probabilities=True) == []
 
@@ -143,7 +144,7 @@ def test_the_ensemble_is_described_under_both_rules():
     labels = np.array([0, 1, 1])
     sure = np.array([[9, 0], [9, 0], [0, 1]], np.float32)
     unsure = np.array([[1, 0], [0, 2], [0, 1]], np.float32)
-    about = describe_ensemble([sure, unsure], [1, 1], [1, 1], labels)
-    assert about["agreement"][0] == [1.0, pytest.approx(2 / 3)]
-    assert about["rules"]["mean_logits"]["top1_val"] == pytest.approx(2 / 3)
-    assert set(about["rules"]["mean_probabilities"]) == {"top1_val", "ece_val"}
+    rules, agreement = describe_ensemble([sure, unsure], [1, 1], [1, 1], labels)
+    assert agreement[0] == (1.0, pytest.approx(2 / 3))
+    assert rules["mean_logits"].top1_val == pytest.approx(2 / 3)
+    assert set(rules) == {"mean_logits", "mean_probabilities"}
