@@ -44,6 +44,7 @@ try:
     from kdbench_report import Measured, describe, raw_samples, shown, table
     from kdbench_runtime import open_runtime
     from preprocessing.apply import student_tensor
+    from preprocessing.scores import decide
 except (ImportError, SyntaxError) as error:
     print(f"Error: what lies beside kdbench.py is damaged: {error}", file=sys.stderr)
     sys.exit(3)
@@ -82,7 +83,7 @@ def check_golden(bundle: Bundle, instance: Instance, limit: float) -> list[dict[
     if logits.shape != wanted.shape:
         raise CheckError(f"logits are {logits.shape}, on the host {wanted.shape}", 4)
     steps = float(np.abs(logits - wanted).max() / bundle.outputs.scale)
-    agreed = float((logits.argmax(1) == wanted.argmax(1)).mean())
+    agreed = float((decide(logits) == decide(wanted)).mean())
     if not steps <= limit:
         permuted = np.allclose(np.sort(logits, 1), np.sort(wanted, 1), atol=1e-6)
         raise CheckError(
@@ -122,7 +123,7 @@ def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace, watch: W
         parts = []
         for start in range(0, len(test["labels"]), 1024):
             tensors = student_tensor(test["images"][start : start + 1024], bundle.given)
-            parts.append(instance.all_logits(tensors).argmax(1))
+            parts.append(decide(instance.all_logits(tensors)))
         result.classes = np.concatenate(parts)
         result.repetition = repeat_samples(instance, groups, minima.seconds)
     for repeat in range(args.repeats):

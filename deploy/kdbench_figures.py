@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from preprocessing.scores import METRICS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from kdbench_load import Flood, Minima, Stream
+    from preprocessing.scores import Score
 
 #: What a run needs to be VALID; a shorter one is a SMOKE run, never compared.
 VALID_SECONDS = 60.0
@@ -34,9 +37,6 @@ BOUNDED = ("p90", "p95", "p99", "p999")
 
 #: A query this many times slower than the median is counted, never dropped.
 SLOW = 5.0
-
-#: Standard deviations on either side that hold 95 % of a normal distribution.
-Z95 = 1.959963984540054
 
 #: The spread of fewer repeats says nothing.
 SPREAD_REPEATS = 3
@@ -142,33 +142,31 @@ def throughput(floods: Sequence[Flood], measured_on: str) -> dict[str, Any]:
 
 
 def accuracy(
-    classes: NDArray[np.int64], labels: NDArray[np.int64], reference: NDArray[np.int64]
-) -> dict[str, float]:
-    """Top-1, and what it is below the float student's on the same images.
+    task: str,
+    classes: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    reference: NDArray[np.int64],
+) -> tuple[Score, dict[str, float]]:
+    """The score, and what it is below the float student's on the same images.
 
     Args:
-        classes: chosen here, (N,).
-        labels: the true ones, (N,).
-        reference: chosen by the float student on the host, (N,).
+        task: of the bundle.
+        classes: decided here, (N, ...).
+        targets: what is right, (N, ...).
+        reference: decided by the float student on the host, (N, ...).
 
     Returns:
-        top1 and agreement as fractions; loss and its 95 % interval in points of top-1.
-
-    Source:
-        Bonett and Price 2012, adjusted Wald interval for paired binomial proportions.
+        The score; agreement as a fraction, loss and its 95 % interval in points of the score.
     """
-    right, wanted = classes == labels, reference == labels
-    n = len(labels)
-    lost, gained = int((wanted & ~right).sum()), int((right & ~wanted).sum())
-    p_lost, p_gained = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
-    center = p_lost - p_gained
-    half = Z95 * math.sqrt((p_lost + p_gained - center**2) / (n + 2))
-    return {
-        "top1": float(right.mean()),
+    own, floats = METRICS[task](), METRICS[task]()
+    own.add(classes, targets)
+    floats.add(reference, targets)
+    loss = floats.difference(own)
+    return own.score(), {
         "agreement": float((classes == reference).mean()),
-        "loss_points": 100 * (lost - gained) / n,
-        "loss_low": 100 * max(-1.0, center - half),
-        "loss_high": 100 * min(1.0, center + half),
+        "loss_points": 100 * loss.value,
+        "loss_low": 100 * loss.low,
+        "loss_high": 100 * loss.high,
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from kdbench_runtime import session
 from preprocessing.int8 import InputBuffer, OutputBuffer
+from preprocessing.scores import without_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +81,7 @@ class Instance:
         self._loaded.close()
 
     def query(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
-        """One call, float32 (batch, C, H, W) -> (batch, classes), of `late` queries before.
+        """One call, float32 (batch, C, H, W) -> logits (batch, classes, ...) of `late` queries ago.
 
         The next query may overwrite what is returned.
         """
@@ -94,7 +95,7 @@ class Instance:
         logits = self._output.read()
         if self._postamble:
             logits = self._postamble(logits)
-        logits = logits.reshape(self._bundle.batch, -1)
+        logits = without_positions(logits)
         self.run_ns, self.all_ns = after - before, _now() - start
         return logits
 

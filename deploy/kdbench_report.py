@@ -53,7 +53,8 @@ def describe(
 ) -> dict[str, Any]:
     """The document: identity, figures with their origin, what was around, verdict."""
     on, test = runtime.measured_on, bundle.arrays("test.npz")
-    found = accuracy(result.classes, test["labels"], test["float_classes"])
+    task = bundle.index["task"]
+    score, below = accuracy(task, result.classes, test["labels"], test["float_classes"])
     latency = []
     if result.streams:
         run_ns, all_ns = (
@@ -73,7 +74,7 @@ def describe(
     heat = (around["heat_before"], watched, around["heat_after"])
     faults = [
         *machine_faults(around["link"], *heat),
-        *_accuracy_faults(found, bundle.index["limits"]["accuracy_loss_points"]),
+        *_accuracy_faults(below, bundle.index["limits"]["accuracy_loss_points"]),
         *(
             f"{a['different']} of {a['kept']} kept answers of {a['scope']} differ from those of an "
             "idle instance; their times are of no use, measure with another release of the runtime"
@@ -126,15 +127,10 @@ def describe(
         "audit": audit,
         "repetition": repeated,
         "top1_test": _figure(
-            found["top1"],
-            "fraction",
-            on,
-            len(test["labels"]),
-            "8-bit image to class, whole test split",
-
+            score.value, "fraction", on, score.n, "8-bit image to class, whole test split"
         ),
         "accuracy": {
-            **{k: v for k, v in found.items() if k != "top1"},
+            **below,
             "limit_points": bundle.index["limits"]["accuracy_loss_points"],
             "measured_on": on,
         },
@@ -206,12 +202,12 @@ def _audit(result: Measured) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _accuracy_faults(found: dict[str, float], limit: float) -> list[str]:
-    if found["loss_low"] <= limit:
+def _accuracy_faults(below: dict[str, float], limit: float) -> list[str]:
+    if below["loss_low"] <= limit:
         return []
     return [
-        f"accuracy: {found['loss_points']:.2f} points of top-1 below the float student, at least "
-        f"{found['loss_low']:.2f} (limit {limit:g}); calibrate with more patches or another scheme"
+        f"accuracy: {below['loss_points']:.2f} points of top-1 below the float student, at least "
+        f"{below['loss_low']:.2f} (limit {limit:g}); calibrate with more patches or another scheme"
     ]
 
 

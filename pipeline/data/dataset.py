@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.params.sources import UNLABELED
+from pipeline.tasks.task import DEFAULT_TASK, open_task
 from preprocessing.apply import student_tensor
 from preprocessing.contract import load_contract
 from preprocessing.student_input import StudentInput
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.artifacts import Artifacts
+    from pipeline.tasks.task import Task
     from preprocessing.contract import Contract
 
 
@@ -81,6 +84,12 @@ class StudentData:
             ContractError: see `StudentInput.load`.
         """
         return StudentInput.load(self.artifacts.student_input)
+
+    @cached_property
+    def task(self) -> Task:
+        """What its labels are and what a score is."""
+        summary = json.loads((self.artifacts.dataset / "dataset.json").read_bytes())
+        return open_task(summary.get("task", DEFAULT_TASK))
 
     @property
     def labels(self) -> tuple[str, ...]:

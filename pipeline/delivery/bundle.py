@@ -75,6 +75,7 @@ def assemble_bundle(
     model = {name: digest for name, digest in files.items() if name.startswith("model/")}
     index = {
         "schema": SCHEMA,
+        "task": data.task.name,
         "contract": data.contract.sha256,
         "runtime": compiled.runtime,
         "backend": f"{compiled.backend} {compiled.version}",

@@ -46,9 +46,7 @@ class Classification:
         """How many patches each class has."""
         return [int(n) for n in np.bincount(targets[targets >= 0], minlength=classes)]
 
-    def stratify(
-        self, targets: NDArray[np.int64], fraction: float, seed: int
-    ) -> NDArray[np.bool_]:
+    def stratify(self, targets: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
         """Draw a share of every class at random; at least one patch of each stays."""
         random = np.random.default_rng(seed)
         drawn = np.zeros(len(targets), bool)

@@ -46,9 +46,7 @@ class Task(Protocol):
     def class_counts(self, targets: NDArray[np.int64], classes: int) -> list[int]:
         """How many labels each class has; what is unlabeled has none."""
 
-    def stratify(
-        self, targets: NDArray[np.int64], fraction: float, seed: int
-    ) -> NDArray[np.bool_]:
+    def stratify(self, targets: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
         """Draw a share of the patches, each class in its share; (N,), True where drawn."""
 
     def metric(self) -> Metric:

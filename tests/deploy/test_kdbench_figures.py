@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from pipeline.tasks.metrics import paired_difference
-
 
 @pytest.fixture(scope="module")
 def figures():
@@ -85,17 +83,16 @@ def test_the_verdict_follows_what_was_asked_and_what_was_reached(figures, asked,
     assert figures.judge(minima, [stream], [flood], ["too hot"])["word"] == "INVALID"
 
 
-def test_accuracy_agrees_with_the_projects_paired_difference(figures):
+def test_accuracy_is_the_score_and_its_loss_in_points(figures):
     random = np.random.default_rng(5)
     labels = random.integers(0, 3, 500)
     ours, reference = (np.where(random.random(500) < p, labels, 0) for p in (0.7, 0.8))
-    found = figures.accuracy(ours, labels, reference)
-    assert found["top1"] == (ours == labels).mean()
-    assert found["agreement"] == (ours == reference).mean()
-    loss, (low, high) = paired_difference(reference == labels, ours == labels)
-    assert (found["loss_points"], found["loss_low"], found["loss_high"]) == pytest.approx(
-        (100 * loss, 100 * low, 100 * high)
-    )
+    score, below = figures.accuracy("classification", ours, labels, reference)
+    assert (score.name, score.value, score.n) == ("top1", (ours == labels).mean(), 500)
+    loss = 100 * ((reference == labels).mean() - (ours == labels).mean())
+    assert below.pop("agreement") == (ours == reference).mean()
+    assert below["loss_points"] == pytest.approx(loss)
+    assert below["loss_low"] < loss < below["loss_high"]
 
 
 def test_drift_and_slow_queries(figures):
