@@ -208,9 +208,13 @@ def weight_scales(weight: Tensor, bias: Tensor | None, input_scale: float, axis:
     return scales.where(scales >= torch.finfo(torch.float32).tiny, 1.0)
 
 
-def _on_grid(value: Tensor, step: Tensor) -> Tensor:
-    """The nearest multiple of the step; gradients pass as if nothing were rounded."""
-    rounded = (value.detach().double() / step.double()).round().float() * step
+def _on_grid(value: Tensor, step: Tensor, codes: torch.dtype) -> Tensor:
+    """The nearest multiple of the step; gradients pass as if nothing were rounded.
+
+    `codes` is the type in which the emulator divides by the step: in another one, a value that lies
+    nearly halfway gets the other code.
+    """
+    rounded = (value.detach().to(codes) / step.to(codes)).round().float() * step
     return value + (rounded - value).detach()
 
 
@@ -219,8 +223,10 @@ def _rounded(step: _Step, weight: Tensor, bias: Tensor | None = None) -> list[Te
     assert step.weight_axis is not None
     scales = weight_scales(weight, bias, step.input_scale, step.weight_axis)
     shape = [-1 if i == step.weight_axis else 1 for i in range(weight.ndim)]
-    found = [_on_grid(weight, scales.reshape(shape))]
-    return found if bias is None else [*found, _on_grid(bias, scales * step.input_scale)]
+    found = [_on_grid(weight, scales.reshape(shape), torch.float32)]
+    if bias is not None:
+        found.append(_on_grid(bias, scales * step.input_scale, torch.float64))
+    return found
 
 
 def _operand_on_grid(value: NDArray[np.float32]) -> NDArray[np.float32]:
