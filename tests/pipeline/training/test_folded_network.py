@@ -1,7 +1,9 @@
 """The torch network of a folded graph against onnxruntime: in float, and on the emulator's grid."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -10,18 +12,26 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import residual_network
 from onnx import TensorProto, helper, numpy_helper
+from rounding import UNIT, assert_codes, widest
 
-from metis.emulator.execute import int8_logits
-from metis.graph.sessions import open_graph
-from metis.quantize import grids, placement
+from metis.emulator.device_tensors import device_specs
+from metis.emulator.execute import int8_logits, put_on_grid, run_graphs
+from metis.emulator.kernels import arithmetic
+from metis.graph.edit import constants_of, with_batch
+from metis.graph.sessions import open_graph, open_with_options
+from metis.quantize import grids
 from metis.quantize.folding import prepare
+from metis.quantize.grids import UINT8_SHIFT
 from metis.quantize.placement import watch
 from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import choose
 from pipeline.networks.export import export_network
 from pipeline.run.errors import InputError
 from pipeline.training.folded_network import FoldedNetwork, check_trainable, weight_scales
+from pipeline.training.folded_operators import OPERATORS
+from preprocessing.int8 import dequantize
 
 SCHEME = "per_tensor_histogram"
 LANDSAT = Path(__file__).parents[3] / "examples" / "landsat" / "landsat_satellite.npz"
@@ -62,38 +72,198 @@ def logits(network, frames):
         return network(torch.from_numpy(frames)).numpy()
 
 
-def float_logits(model, frames):
-    session = open_graph(model)
-    name = session.get_inputs()[0].name
-    made = [session.run(None, {name: frame[None]})[0].reshape(1, -1) for frame in frames]
-    return np.concatenate(made)
+def showing(model, tensors):
+    """A copy of a graph that gives these tensors and nothing else."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    for name in tensors:
+        copy.graph.output.add(name=name)
+    return copy
 
 
-def steps_apart(parts, frames):
-    """Of fake quantization and emulator, in steps of the output's grid, (N, classes)."""
+class Fed(FoldedNetwork):
+    """The folded network, each of whose steps gets what the other side has made up to there.
+
+    Left alone, the two have no bound in common: sums in another order put one value in a million on
+    the other side of a tie, and what later layers make of that one step is theirs. Step by step
+    there is one, of `rounding`, and steps that are all the same are the same network.
+    """
+
+    def __init__(self, parts, ranges, other, compare):
+        super().__init__(parts, ranges)
+        self._other = other  # tensors by name; those of a fused activation are not stored
+        self._compare = compare  # (name, before it is stored, stored, how far that may be off)
+        self._widest = []
+        self._unstored = {}
+
+    def forward(self, x):
+        self._widest = [0.0]
+        watched = {kind: partial(self._call, kind, run) for kind, run in OPERATORS.items()}
+        with patch.dict(OPERATORS, watched):
+            return super().forward(x)
+
+    def _call(self, kind, operator, given, *inputs):
+        # What is not stored goes through a Relu or a Clip, which move nothing farther apart.
+        before = sum(self._unstored[id(x)][1] for x in inputs if id(x) in self._unstored)
+        self._widest = [before + each for each in widest(kind, operator, given, inputs)]
+        return operator(given, *inputs)
+
+    def _stored(self, name, tensor):
+        stored, apart = super()._stored(name, tensor), self._widest.pop(0)
+        if name not in self._other:
+            self._unstored[id(stored)] = stored, apart
+            return stored
+        self._compare(name, tensor.detach().numpy(), stored.detach().numpy(), apart)
+        return torch.from_numpy(self._other[name])
+
+
+def assert_float_steps(parts, frames):
+    """In float, every step of the torch network gives what onnxruntime gives."""
+    model = with_batch(parts.student, "N")
+    names = [name for node in model.graph.node for name in node.output]
+    session = open_graph(showing(model, names))
+    made = session.run(names, {session.get_inputs()[0].name: frames})
+    other = dict(zip(names, made, strict=True))
+
+    def compare(name, tensor, stored, apart):
+        assert (np.abs(tensor - other[name]) <= apart).all(), name
+        compared.append(name)
+
+    compared = []
+    logits(Fed(parts, None, other, compare), frames)
+    assert compared == names
+
+
+def assert_int8_steps(parts, frames, build=Fed):
+    """On the grid, every step of the torch network gives the emulator's codes."""
+    assert parts.preamble is None
     ranges = chosen(parts, frames)
-    emulated = int8_logits(
-        parts, quantized_graph(parts.core, ranges, scheme=SCHEME), SCHEME, frames
+    quantized = quantized_graph(parts.core, ranges, scheme=SCHEME)
+    stored = [node for node in quantized.graph.node if node.op_type == "QuantizeLinear"]
+    names = [node.output[0] for node in stored]
+    session = open_with_options(
+        showing(quantized, names).SerializeToString(), arithmetic(SCHEME)[1]
     )
-    root = placement.place(parts.core).root[parts.core.graph.output[0].name]
-    grid = grids.tensor_grid(ranges.of(root))
-    return np.abs(logits(FoldedNetwork(parts, ranges), frames) - emulated) / grid.scale[0]
+    fed = put_on_grid(frames, device_specs(quantized)[0])
+    made = session.run(names, {session.get_inputs()[0].name: fed})
+    constants, codes, grids = constants_of(quantized), {}, {}
+    for node, found in zip(stored, made, strict=True):
+        scale, zero_point = (constants[name] for name in node.input[1:3])
+        name = node.output[0].removesuffix("/codes")
+        codes[name] = found.astype(np.int64) - UINT8_SHIFT
+        grids[name] = scale, int(zero_point) - UINT8_SHIFT
+
+    def compare(name, tensor, on_grid, apart):
+        scale, zero_point = grids[name]
+        assert_codes(codes[name], tensor, scale, zero_point, apart)
+        own = np.rint(on_grid.astype(np.float64) / scale) + zero_point
+        assert_codes(own, tensor, scale, zero_point, 0)
+        compared.append(name)
+
+    compared = []
+    other = {name: dequantize(codes[name], *grids[name]) for name in codes}
+    found = logits(build(parts, ranges, other, compare), frames)
+    assert sorted(compared) == sorted(codes)
+    last = other[quantized.graph.output[0].name]
+    host = run_graphs([(parts.postamble, {})], last)  # in float; often there is nothing to do
+    assert found == pytest.approx(host, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["test_byobnet", "test_resnet", "test_efficientnet", "mobilenetv3_small_050"]
-)
-def test_float_is_the_graph_and_the_grid_is_the_emulators(tmp_path, name):
+NETWORKS = ["test_byobnet", "test_resnet", "test_efficientnet", "mobilenetv3_small_050"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folding_changes_a_network_by_the_rounding_of_its_weights_alone(tmp_path, name):
+    """Both in float64, whose own rounding is nothing here; the bound is of first order.
+
+    Folding rounds a weight four times (variance + epsilon, root, quotient, product) and a bias six
+    times, where numbers as large as mean * scale and shift meet.
+    """
     network, parts = exported(tmp_path, name)
+    folded, frame = FoldedNetwork(parts).double(), torch.from_numpy(patches(1, 32)).double()
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    scales = [m.weight / (m.running_var + m.eps).sqrt() for m in norms]
+    largest = max(
+        float(((m.running_mean * scale).abs() + m.bias.abs()).detach().max())
+        for m, scale in zip(norms, scales, strict=True)
+    )
+    weights = list(folded.parameters())
+    rounded = [4 * w.detach().abs() if w.ndim > 1 else 6 * largest for w in weights]
+    found, expected = folded(frame)[0], network.double()(frame)[0]
+    for logit, other in zip(found, expected, strict=True):
+        slopes = torch.autograd.grad(logit, weights, retain_graph=True)
+        moved = sum(float((g.abs() * r).sum()) for g, r in zip(slopes, rounded, strict=True))
+        assert abs(logit.item() - other.item()) <= UNIT * moved
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float_is_the_graph_and_the_grid_is_the_emulators(tmp_path, name):
+    _, parts = exported(tmp_path, name)
     frames = patches(48, 32)
-    folded = logits(FoldedNetwork(parts), frames)
-    assert np.abs(folded - float_logits(parts.student, frames)).max() < 1e-5
-    assert np.abs(folded - logits(network, frames)).max() < 1e-5
-    apart = steps_apart(parts, frames)
-    # Sums of floats in another order put a value on the other side of a tie now and then, which
-    # later layers spread.
-    assert (apart < 0.5).mean() > 0.95
-    assert (apart < 1.01).mean() > 0.99
+    assert_float_steps(parts, frames)
+    assert_int8_steps(parts, frames)
+
+
+def another_scale(network):
+    scale, zero_point = network._grids["gated"]
+    network._grids["gated"] = scale * 1.001, zero_point
+
+
+def another_zero_point(network):
+    scale, zero_point = network._grids["sum"]
+    network._grids["sum"] = scale, zero_point + 1
+
+
+def another_code(network):
+    """Of one weight: nothing else is off."""
+    with torch.no_grad():
+        kernel = network.weights["w4"]
+        kernel[0, 3] += kernel[0].abs().max() / 127 * (1 if kernel[0, 3] < 0 else -1)
+
+
+def another_bias(network):
+    with torch.no_grad():
+        network.weights["b7"][2] += 0.01
+
+
+#: What is wrong with the network, and the operator that is left out, if that is it.
+WRONG = {
+    "a scale": (another_scale, None),
+    "a zero point": (another_zero_point, None),
+    "a weight's code": (another_code, None),
+    "a bias": (another_bias, None),
+    "an activation": (lambda network: None, "HardSwish"),
+    "a gate": (lambda network: None, "HardSigmoid"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_whatever_is_wrong_is_found_on_the_grid(monkeypatch, what):
+    change, left_out = WRONG[what]
+    parts = prepare(residual_network(0))
+    frames = np.random.default_rng(1).normal(0, 1.5, (16, 3, 12, 12)).astype(np.float32)
+    assert_int8_steps(parts, frames)
+
+    def wrong(*given):
+        network = Fed(*given)
+        change(network)
+        return network
+
+    if left_out:
+        monkeypatch.setitem(OPERATORS, left_out, lambda given, x: x)
+    with pytest.raises(AssertionError, match="codes are not those of their values"):
+        assert_int8_steps(parts, frames, wrong)
+
+
+@pytest.mark.parametrize("kind", ["Relu", "Clip", "HardSwish", "HardSigmoid"])
+def test_an_activation_that_is_left_out_is_found_in_float(monkeypatch, kind):
+    parts = prepare(residual_network(0))
+    frames = np.random.default_rng(1).normal(0, 1.5, (16, 3, 12, 12)).astype(np.float32)
+    assert_float_steps(parts, frames)
+    monkeypatch.setitem(OPERATORS, kind, lambda given, x, *limits: x)
+    with pytest.raises(AssertionError):
+        assert_float_steps(parts, frames)
 
 
 def graph(nodes, constants, shape, out):
@@ -217,12 +387,8 @@ def test_every_operator_of_the_chip_computes_what_onnxruntime_does(case):
     rough = graph(nodes, kept, (64, 6, 6), ["n"])
     width = open_graph(rough).run(None, {"input": frames[:1]})[0].shape[1]
     parts = prepare(graph(nodes, kept, (64, 6, 6), [width]))
-    assert logits(FoldedNetwork(parts), frames) == pytest.approx(
-        float_logits(parts.student, frames), abs=1e-5
-    )
-    apart = steps_apart(parts, frames)
-    assert apart.max() < 1.01
-    assert (apart > 0.5).mean() < 1e-3
+    assert_float_steps(parts, frames)
+    assert_int8_steps(parts, frames)
 
 
 def test_an_operator_that_torch_has_no_word_for_is_refused(tmp_path):
@@ -245,11 +411,8 @@ def test_ends_on_the_host_stay_float():
     ]
     parts = prepare(graph(nodes, {"w": CONSTANTS["w"]}, (64, 6, 6), [64]))
     frames = np.random.default_rng(1).normal(size=(5, 64, 6, 6)).astype(np.float32)
-    ranges = chosen(parts, frames)
-    emulated = int8_logits(
-        parts, quantized_graph(parts.core, ranges, scheme=SCHEME), SCHEME, frames
-    )
-    assert logits(FoldedNetwork(parts, ranges), frames) == pytest.approx(emulated, abs=1e-4)
+    assert parts.postamble is not None
+    assert_int8_steps(parts, frames)
 
 
 values = st.floats(-1e3, 1e3, width=32)
@@ -266,7 +429,32 @@ def test_the_weights_grid_is_the_emulators_bit_for_bit(rows, bias, input_scale):
     scale = np.float32(input_scale)
     expected = grids.weight_scales(weight, biases, scale, 0)
     found = weight_scales(torch.from_numpy(weight), torch.from_numpy(biases), float(scale), 0)
-    assert found.numpy() == pytest.approx(expected, rel=2e-7)
+    assert np.array_equal(found.numpy(), expected)
+
+
+def test_weights_between_two_codes_get_the_emulators(monkeypatch):
+    """Up to the last digits: dividing in another type gives one weight in 100,000 another code."""
+    random = np.random.default_rng(0)
+    steps = random.uniform(0.5, 2, (64, 1)).astype(np.float32) / 127
+    halves = (random.integers(-120, 120, (64, 64)) + np.float32(0.5)) * steps
+    weight = np.nextafter(halves, random.choice([-9, 9], halves.shape), dtype=np.float32)
+    weight[:, 0] = 127 * steps[:, 0]
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["made"]),
+        helper.make_node("Flatten", ["made"], ["logits"]),
+    ]
+    kernel = weight[..., None, None]
+    parts = prepare(graph(nodes, {"w": kernel}, (64, 1, 1), [64]))
+    frames = random.normal(size=(5, 64, 1, 1)).astype(np.float32)
+    network, seen = FoldedNetwork(parts, chosen(parts, frames)), []
+    run = OPERATORS["Conv"]
+    monkeypatch.setitem(OPERATORS, "Conv", lambda given, *x: [seen.append(x), run(given, *x)][1])
+    logits(network, frames)
+    scales = grids.weight_scales(kernel, None, np.float32(1), 0)
+    expected = grids.on_grid(kernel, scales, 0) * scales.reshape(-1, 1, 1, 1)
+    assert np.array_equal(seen[0][1].detach().numpy(), expected)
+    in_float64 = np.rint(kernel.astype(np.float64) / scales.reshape(-1, 1, 1, 1))
+    assert (grids.on_grid(kernel, scales, 0) != in_float64).any()
 
 
 def test_training_on_the_grid_reaches_every_weight_and_exports_a_clean_graph(tmp_path):
@@ -287,11 +475,11 @@ def test_training_on_the_grid_reaches_every_weight_and_exports_a_clean_graph(tmp
     model = network.exported()
     onnx.checker.check_model(model, full_check=True)
     assert [n.op_type for n in model.graph.node] == [n.op_type for n in parts.student.graph.node]
-    plain = FoldedNetwork(parts)
-    plain.load_state_dict(network.state_dict())
-    found = float_logits(model, frames)
-    assert found == pytest.approx(logits(plain, frames), abs=1e-5)
-    assert np.abs(found - float_logits(parts.student, frames)).max() > 0.01
+    written = FoldedNetwork(prepare(model)).state_dict()
+    trained, before = network.state_dict(), FoldedNetwork(parts).state_dict()
+    assert written.keys() == trained.keys() == before.keys()
+    assert all(torch.equal(written[name], trained[name]) for name in trained)
+    assert not any(torch.equal(before[name], trained[name]) for name in trained)
 
 
 def test_values_outside_an_activations_range_get_no_gradient():
