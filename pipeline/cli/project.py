@@ -13,7 +13,7 @@ from pipeline.cli.debug import debug_option
 from pipeline.cli.output import print_event
 from pipeline.params import guides
 from pipeline.run.config import DEFAULT_CONFIG
-from pipeline.run.errors import ConfigError, InputError, nearest
+from pipeline.run.errors import ConfigError, InputError, nearest, require_extra
 
 
 @click.command()
@@ -85,6 +85,7 @@ def so2sat(out: Path, patches: int, seed: int) -> None:
     OUT is an HDF5 file with sen1, sen2 and label. Two seeds are different cities of the same 17
     classes.
     """
+    require_extra("data", "h5py")
     from pipeline.data.synthetic import write_so2sat
     from pipeline.run.attempt import progress_bar
 

@@ -19,8 +19,24 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.params.sources import DataParams
+
     #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
     Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
+
+
+def from_npz(
+    data: DataParams, path: Path, labels: Path | None, classes: Sequence[str]
+) -> PatchSource:
+    """Format npz; see `pipeline.params.formats`."""
+    return open_npz(path, data.modalities or {"optical": "images"}, data.labels or "labels")
+
+
+def from_npy(
+    data: DataParams, path: Path, labels: Path | None, classes: Sequence[str]
+) -> PatchSource:
+    """Format npy; see `pipeline.params.formats`."""
+    return open_npy(path, data.only_modality(), labels)
 
 
 def open_npz(path: Path, modalities: Mapping[str, str], labels: str) -> PatchSource:

@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.params.sources import DataParams
+
     #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
     Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
 
 
 #: HDF5 slabs are read whole when at least this share of their rows is wanted.
 _DENSE = 0.25
+
+
+def from_so2sat(
+    data: DataParams, path: Path, labels: Path | None, classes: Sequence[str]
+) -> PatchSource:
+    """Format so2sat-h5; see `pipeline.params.formats`."""
+    modalities = data.modalities or {"optical": "sen2", "sar": "sen1"}
+    return open_so2sat(path, modalities, data.labels or "label")
 
 
 def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> PatchSource:

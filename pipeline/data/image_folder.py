@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.params.sources import DataParams
+
     #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
     Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
+
+
+def from_image_folder(
+    data: DataParams, path: Path, labels: Path | None, classes: Sequence[str]
+) -> PatchSource:
+    """Format image-folder; see `pipeline.params.formats`."""
+    return open_image_folder(path, data.only_modality(), classes)
 
 
 def open_image_folder(path: Path, modality: str, classes: Sequence[str]) -> PatchSource:

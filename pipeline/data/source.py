@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
 from pipeline.run.errors import InputError
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import h5py
     from numpy.typing import NDArray
 
     #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)

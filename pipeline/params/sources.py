@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from pipeline.run.parameters import PATH, UNKEYED, Params
+from pipeline.params.formats import FORMATS
+from pipeline.run.errors import InputError
+from pipeline.run.parameters import PATH, UNKEYED, Params, one_of
 
 #: Zero-based band indices, at least one.
 Bands = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
@@ -32,7 +34,7 @@ class SplitParams(Params, frozen=True):
 class DataParams(Params, frozen=True):
     """The patches."""
 
-    format: Literal["npz", "npy", "so2sat-h5", "image-folder"] = "npz"
+    format: Annotated[str, one_of(FORMATS)] = "npz"
     modalities: dict[str, str] | None = None  # name -> key in the file; null: the format's own
     labels: str | None = None  # key of the labels in the file; null: the format's own
     train: SplitParams = SplitParams()
@@ -50,6 +52,17 @@ class DataParams(Params, frozen=True):
         """The splits that are asked for, by name."""
         given = {name: getattr(self, name) for name in SPLITS}
         return {name: split for name, split in given.items() if split is not None}
+
+    def only_modality(self) -> str:
+        """The one name that a format of single images can have.
+
+        Raises:
+            InputError: there are more.
+        """
+        names = list(self.modalities or {"optical": ""})
+        if len(names) != 1:
+            raise InputError(f"format {self.format} holds one modality; data.modalities names more")
+        return names[0]
 
     def reading(self, digest: str) -> str:
         """The digest of a file as one of what is read from it: the file, and the names in it."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pipeline.facts import IngestFacts, SplitFacts, ViewFacts
+from pipeline.params.formats import FORMATS
 from pipeline.params.ingest import IngestParams
 from pipeline.run.errors import InputError, require_extra
 from pipeline.run.stage import Job, Stage
@@ -53,7 +54,8 @@ def sources(params: IngestParams, root: Path) -> dict[str, Path]:
 
 
 def ready(params: IngestParams) -> None:
-    """Each split is described one way, each teacher has its weights."""
+    """Each split is described one way, each teacher has its weights, their readers are here."""
+    require_extra("data", *FORMATS[params.data.format].packages)
     for name, split in params.data.splits.items():
         _ready_split(params.data.format, name, split)
     for i, teacher in enumerate(params.teachers):
