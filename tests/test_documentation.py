@@ -187,3 +187,13 @@ def test_every_extra_is_documented():
     extras = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     said = [row[0].strip("`") for row in rows((ROOT / "docs" / "install.md").read_text())]
     assert sorted(said) == sorted(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
+
+
+def test_the_picture_of_the_floors_is_what_the_linter_checks():
+    project = (ROOT / "pyproject.toml").read_text()
+    floors = re.findall(r"^layers = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    page = sections(ROOT / "docs" / "architecture.md")["The floors"]
+    picture = page.split("```")[1].replace(".py", "")
+    for layers in floors:
+        names = [rf"\b{re.escape(name)}\b" for name in re.findall(r'"(.*?)"', layers)]
+        assert re.search(".*".join(names), picture, re.DOTALL), names
