@@ -17,7 +17,8 @@ from pipeline.facts import (
     RewriteFacts,
     StudentFacts,
 )
-from pipeline.params.distill import DistillParams, contradictions, float_part, loss_in_words
+from pipeline.params.contradictions import contradictions
+from pipeline.params.distill import DistillParams, float_part, loss_in_words
 from pipeline.run.errors import InputError, nearest, require_extra
 from pipeline.run.stage import Gate, Job, Stage
 
@@ -199,9 +200,8 @@ def ready(params: DistillParams) -> None:
             raise InputError(
                 f"distill.{key}: timm has no network {name!r}{nearest(name, networks)}"
             )
-    for contradiction, words in contradictions(params):
-        if contradiction:
-            raise InputError(f"distill: {words}")
+    for contradiction in contradictions(params):
+        raise InputError(f"distill: {contradiction}")
 
 
 def gates(params: DistillParams, facts: DistillFacts) -> list[Gate]:

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.run.errors import InputError
-from pipeline.training.losses import (
-    feature_loss,
-)
+from pipeline.training.losses.features import feature_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,13 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.run.errors import StageError
 from pipeline.training.features import FeatureTaps
-from pipeline.training.losses import (
-    decayed,
-    decoupled_loss,
-    hard_loss,
-    relational_loss,
-    soft_loss,
-)
+from pipeline.training.losses.hard import hard_loss
+from pipeline.training.losses.softening import loss_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +58,7 @@ class Distillation(lightning.LightningModule):
         self.taps = taps
         self.history: History = []
         self._params = params
+        self._soft_loss = loss_function(params.loss)
         self._steps = steps
         self._seed = seed
         self.class_weights: Tensor | None
@@ -139,30 +135,14 @@ class Distillation(lightning.LightningModule):
         )
 
     def _soft(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        params = self._params
-        end = params.temperature if params.temperature_end is None else params.temperature_end
-        temperature = decayed(params.temperature, end, self.current_epoch, params.epochs)
-        standardize = params.standardize_logits
-        if params.loss == "dkd":
-            return decoupled_loss(
-                logits,
-                teacher,
-                labels,
-                temperature=temperature,
-                target_weight=params.target_weight,
-                nontarget_weight=params.nontarget_weight,
-                standardize=standardize,
-            )
-        if params.loss == "dist":
-            return relational_loss(
-                logits,
-                teacher,
-                temperature=temperature,
-                inter_weight=params.inter_weight,
-                intra_weight=params.intra_weight,
-                standardize=standardize,
-            )
-        return soft_loss(logits, teacher, temperature=temperature, standardize=standardize)
+        return self._soft_loss(
+            logits,
+            teacher,
+            labels,
+            temperature=temperature_at(self.current_epoch, self._params),
+            standardize=self._params.standardize_logits,
+            **self._params.loss.weights,
+        )
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_index: int) -> None:
         """Move the average after every optimizer step."""
@@ -267,6 +247,14 @@ class Distillation(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": per_step, "interval": "step"},
         }
+
+
+def temperature_at(epoch: int, params: DistillParams) -> float:
+    """The temperature of an epoch, from 0: linear, `temperature_end` in the last one."""
+    start, end = params.temperature, params.temperature_end
+    if end is None:
+        return start
+    return start + (end - start) * min(1.0, epoch / max(1, params.epochs - 1))
 
 
 def warmup_steps(steps: int, params: DistillParams) -> int:

@@ -94,6 +94,34 @@ def test_the_interpreter_of_the_sdk_is_relative_to_the_config_and_told_to_everyb
             "calibrate: {ranges: {a: mse, b: mze}}",
             r"ranges\.b: invalid .*'mze'; did you mean 'mse'",
         ),
+        (
+            "distill: {loss: dk}",
+            r"distill\.loss\.name: invalid .*'dk'; did you mean 'dkd'",
+        ),
+        ("distill: {loss: {name: no}}", r"distill\.loss\.name: expected `str`, got `bool`"),
+        ("distill: {loss: {target_weight: 1}}", r"distill\.loss: object missing .*`name`"),
+        ("distill: {loss: 3}", r"distill\.loss: expected `object`, got `int`"),
+        (
+            "distill: {loss: {name: dkd, intra_weight: 1}}",
+            r"unknown key 'distill\.loss\.intra_weight'; did you mean 'target_weight' or 'nontar",
+        ),
+        (
+            "distill: {loss: {name: dkd, target_wait: 1}}",
+            r"unknown key 'distill\.loss\.target_wait'; did you mean 'target_weight'",
+        ),
+        (
+            "distill: {loss: {name: dist, intra_weight: -1}}",
+            r"distill\.loss\.intra_weight: expected `float` >= 0",
+        ),
+        ("distill: {loss: dkd, target_weight: -1}", r"loss\.target_weight: expected `float` >= 0"),
+        (
+            "distill: {nontarget_weight: 2}",
+            r"distill\.nontarget_weight is for loss dkd only: write loss: \{name: dkd, nontarget",
+        ),
+        (
+            "distill: {loss: {name: dkd, target_weight: 2}, target_weight: 3}",
+            r"distill\.target_weight is in distill\.loss too",
+        ),
         ("distill: {epochs: many}", r"distill\.epochs: expected `int`, got `str`"),
         ("distill: {epochs: 0}", r"distill\.epochs: expected `int` >= 1"),
         ("distill: {temperature: 0}", r"distill\.temperature: expected `float` > 0"),
@@ -126,6 +154,32 @@ def test_wrong_words_are_refused_by_file_and_key(tmp_path, text, words):
         load(tmp_path, text if "ingest" in text or "- a" in text else MINIMAL + text)
     assert "kdpipe.yaml" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "{loss: {name: dkd, nontarget_weight: 4}}",
+        "{loss: dkd, nontarget_weight: 4}",
+        "{loss: dkd, nontarget_weight: 4, intra_weight: 1.0, target_weight: 1}",  # the defaults
+    ],
+)
+def test_a_loss_has_weights_of_its_own_and_may_have_them_beside_it_as_before(tmp_path, section):
+    loss = load(tmp_path, f"{MINIMAL}distill: {section}").params["distill"].loss
+    assert (loss.name, loss.weights) == ("dkd", {"target_weight": 1.0, "nontarget_weight": 4.0})
+    changes = ["distill.loss=dkd", "distill.nontarget_weight=4"]
+    assert load(tmp_path, MINIMAL, changes=changes).params["distill"].loss == loss
+
+
+def test_the_template_holds_every_loss_with_its_weights():
+    from importlib.resources import files
+
+    from pipeline.params.losses import LOSSES
+
+    text = files("pipeline").joinpath("templates/kdpipe.yaml").read_text()
+    for name, kind in LOSSES.items():
+        weights = "".join(f", {weight}: {value}" for weight, value in kind().weights.items())
+        assert f"{{name: {name}{weights}}}" in text or (not weights and f"{name}: " in text)
 
 
 def test_a_missing_config_says_what_writes_one(tmp_path):

@@ -14,6 +14,7 @@ from pipeline.params.distill import (
     float_part,
     loss_in_words,
 )
+from pipeline.params.losses import LOSSES
 from pipeline.run.errors import ExtraMissingError, InputError
 from pipeline.stages.distill import gates, ready
 
@@ -51,15 +52,13 @@ GRID = QuantizationAwareParams(share=0.25)
             {"standardize_logits": True, "soft_weight": 0},
             "standardize_logits changes the soft loss",
         ),
-        ({"loss": "dkd", "soft_weight": 0}, "loss dkd is a soft loss"),
+        ({"loss": LOSSES["dkd"](), "soft_weight": 0}, "loss dkd is a soft loss"),
         ({"label_smoothing": 0.1, "hard_weight": 0}, "label_smoothing changes the cross-entropy"),
         ({"class_weights": "balanced", "sampling": "balanced"}, "both balance the classes"),
         ({"class_weights": "balanced", "hard_weight": 0}, "class_weights is for the cross-entropy"),
         ({"temperature_end": 1, "soft_weight": 0}, "temperature_end is for the soft loss"),
-        ({"nontarget_weight": 2}, "nontarget_weight is for loss dkd only"),
-        ({"loss": "dkd", "intra_weight": 2}, "intra_weight is for loss dist only"),
-        ({"loss": "dkd", "target_weight": 0, "nontarget_weight": 0}, "nothing is left of loss dkd"),
-        ({"loss": "dist", "inter_weight": 0, "intra_weight": 0}, "nothing is left of loss dist"),
+        ({"loss": LOSSES["dkd"](0, 0)}, "left of loss dkd: target_weight and nontarget_weight"),
+        ({"loss": LOSSES["dist"](0, 0)}, "nothing is left of loss dist"),
         ({"lr_step_epochs": 3, "schedule": "plateau"}, "lr_step_epochs is for schedule step only"),
         ({"lr_patience": 1}, "lr_patience is for schedule plateau only"),
         ({"lr_gamma": 0.5}, "lr_gamma is for schedule step or plateau only"),
@@ -68,7 +67,7 @@ GRID = QuantizationAwareParams(share=0.25)
         ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs leaves no epoch"),
         (
             {"quantization_aware": QuantizationAwareParams(control=True)},
-            "a control of nothing: quantization_aware.share is 0",
+            "control is one of nothing: quantization_aware.share is 0",
         ),
         (
             {"quantization_aware": GRID, "epochs": 1},
@@ -120,7 +119,7 @@ def test_the_last_part_is_the_share_of_the_epochs_and_at_least_one(epochs, share
 def test_the_effective_loss_is_said_in_words():
     assert loss_in_words(DistillParams()) == "0.7 * CE + 0.3 * T^2 * KL, T = 2"
     given = DistillParams(
-        hard_weight=0.5, soft_weight=1, loss="dkd", temperature=4, temperature_end=1
+        hard_weight=0.5, soft_weight=1, loss=LOSSES["dkd"](), temperature=4, temperature_end=1
     )
     assert loss_in_words(given) == "0.5 * CE + 1 * DKD, T = 4 to 1"
     assert loss_in_words(DistillParams(soft_weight=0)) == "0.7 * CE"

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pipeline.data.dataset import DatasetSplit
 from pipeline.data.views import take_view
 from pipeline.params.distill import DistillParams, FeatureParams
+from pipeline.params.losses import LOSSES
 from pipeline.params.sources import TeacherParams, ViewParams
 from pipeline.run.errors import InputError, StageError
 from pipeline.teachers.ensemble import Ensemble, Member
@@ -376,8 +377,8 @@ def test_two_students_teach_each_other(tmp_path):
 @pytest.mark.parametrize(
     "params",
     [
-        {"loss": "dkd", "optimizer": "sgd"},
-        {"loss": "dist", "standardize_logits": True},
+        {"loss": LOSSES["dkd"](), "optimizer": "sgd"},
+        {"loss": LOSSES["dist"](), "standardize_logits": True},
         {"schedule": "plateau", "class_weights": "balanced"},
         {"schedule": "step", "lr_step_epochs": 1, "sampling": "balanced"},
         {"gradient_checkpointing": True, "teacher": "mutual"},

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +9,16 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import log_softmax, softmax
 from scipy.stats import pearsonr, zscore
 
-from pipeline.training.losses import (
-    UNLABELED,
-    decayed,
-    decoupled_loss,
-    feature_loss,
-    hard_loss,
-    relational_loss,
-    soft_loss,
-    standardized,
-)
+from pipeline.params.distill import DistillParams
+from pipeline.params.losses import LOSSES
+from pipeline.params.sources import UNLABELED
+from pipeline.training.losses.dist import dist_loss
+from pipeline.training.losses.dkd import dkd_loss
+from pipeline.training.losses.features import feature_loss
+from pipeline.training.losses.hard import hard_loss
+from pipeline.training.losses.kl import kl_loss
+from pipeline.training.losses.softening import loss_function, standardize_logits
+from pipeline.training.module import temperature_at
 
 temperatures = st.floats(0.5, 8.0)
 #: Most laws hold for three losses, each of them a few dozen calls into torch.
@@ -43,6 +45,14 @@ def value(loss, *arrays, **how):
     return loss(*(torch.tensor(a) for a in arrays), **how).item()
 
 
+def kl(student, teacher, **how):
+    return kl_loss(student, teacher, None, **how)
+
+
+def dist(student, teacher, **how):
+    return dist_loss(student, teacher, None, **how)
+
+
 def gradient(loss, student, *others, **how):
     """What it sends into the student."""
     student = torch.tensor(student, requires_grad=True)
@@ -50,13 +60,9 @@ def gradient(loss, student, *others, **how):
     return student.grad.numpy()
 
 
-#: Everything that learns from a teacher's logits, by one signature.
-TEACHING = {
-    "soft": lambda student, teacher, labels, **how: soft_loss(student, teacher, **how),
-    "decoupled": decoupled_loss,
-    "relational": lambda student, teacher, labels, **how: relational_loss(student, teacher, **how),
-}
-every_teaching = pytest.mark.parametrize("loss", TEACHING.values(), ids=TEACHING)
+#: Every soft loss, with the weights that are its defaults.
+SOFT = {name: partial(loss_function(kind()), **kind().weights) for name, kind in LOSSES.items()}
+every_soft_loss = pytest.mark.parametrize("loss", SOFT.values(), ids=SOFT)
 
 
 # The formulas of the papers in float64, by their definitions.
@@ -149,7 +155,7 @@ def test_a_batch_of_classes_without_weight_is_no_division_by_zero():
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 7.5])
 def test_the_soft_loss_is_hintons(temperature):
     student, teacher, _ = random_batch()
-    found = value(soft_loss, student, teacher, temperature=temperature)
+    found = value(kl, student, teacher, temperature=temperature)
     assert found == pytest.approx(reference_soft(student, teacher, temperature), rel=1e-9)
 
 
@@ -157,25 +163,23 @@ def test_the_soft_loss_is_hintons(temperature):
 def test_two_classes_by_hand(temperature):
     p, q = 1 / (1 + np.exp(-3 / temperature)), 1 / (1 + np.exp(1 / temperature))
     expected = temperature**2 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
-    found = value(
-        soft_loss, np.array([[0.0, 1.0]]), np.array([[3.0, 0.0]]), temperature=temperature
-    )
+    found = value(kl, np.array([[0.0, 1.0]]), np.array([[3.0, 0.0]]), temperature=temperature)
     assert found == pytest.approx(expected)
 
 
 def test_it_is_the_divergence_from_the_teacher_and_not_the_other_way():
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
-    forward = soft_loss(student, teacher, temperature=1.0).item()
+    forward = kl(student, teacher, temperature=1.0).item()
     p = 1 / (1 + np.exp(-4.0))
     assert forward == pytest.approx(p * np.log(2 * p) + (1 - p) * np.log(2 * (1 - p)), rel=1e-5)
-    assert forward != pytest.approx(soft_loss(teacher, student, temperature=1.0).item(), rel=0.05)
+    assert forward != pytest.approx(kl(teacher, student, temperature=1.0).item(), rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["soft", "decoupled"])
+@pytest.mark.parametrize("name", ["kl", "dkd"])
 def test_gradients_keep_their_size_at_any_temperature(name):
     student, teacher, labels = random_batch(rows=64)
     norms = [
-        np.linalg.norm(gradient(TEACHING[name], 0.03 * student, 0.03 * teacher, labels, **how))
+        np.linalg.norm(gradient(SOFT[name], 0.03 * student, 0.03 * teacher, labels, **how))
         for how in ({"temperature": t} for t in (2.0, 4.0, 8.0))
     ]
     assert max(norms) / min(norms) < 1.2
@@ -186,7 +190,7 @@ def test_gradients_keep_their_size_at_any_temperature(name):
 def test_the_soft_gradient_is_the_difference_of_the_distributions(batch, temperature):
     student, teacher, _ = batch
     q, p = softmax(student / temperature, axis=1), softmax(teacher / temperature, axis=1)
-    found = gradient(soft_loss, student, teacher, temperature=temperature)
+    found = gradient(kl, student, teacher, temperature=temperature)
     assert found == pytest.approx(temperature * (q - p) / len(student), abs=1e-9)
 
 
@@ -195,10 +199,10 @@ def test_the_soft_gradient_is_the_difference_of_the_distributions(batch, tempera
 
 @few
 @given(batches(), temperatures, st.floats(0, 3), st.floats(0, 10))
-def test_the_decoupled_loss_is_that_of_its_paper(batch, temperature, alpha, beta):
+def test_the_dkd_loss_is_that_of_its_paper(batch, temperature, alpha, beta):
     student, teacher, labels = batch
     found = value(
-        decoupled_loss,
+        dkd_loss,
         *batch,
         temperature=temperature,
         target_weight=alpha,
@@ -212,7 +216,7 @@ def test_the_decoupled_loss_is_that_of_its_paper(batch, temperature, alpha, beta
 def test_its_weights_are_one_and_eight_by_default():
     batch = random_batch()
     expected = reference_decoupled(*batch, 4.0, 1.0, 8.0)
-    assert value(decoupled_loss, *batch, temperature=4.0) == pytest.approx(expected)
+    assert value(dkd_loss, *batch, temperature=4.0) == pytest.approx(expected)
 
 
 @few
@@ -221,7 +225,7 @@ def test_weighted_by_what_the_teacher_leaves_to_the_others_it_is_the_soft_loss(b
     for student, teacher, label in zip(*(np.split(part, len(part)) for part in batch), strict=True):
         target = teacher.argmax() if label[0] == UNLABELED else label[0]
         found = value(
-            decoupled_loss,
+            dkd_loss,
             student,
             teacher,
             label,
@@ -234,7 +238,7 @@ def test_weighted_by_what_the_teacher_leaves_to_the_others_it_is_the_soft_loss(b
 
 def test_two_classes_leave_nothing_to_divide_among_the_others():
     batch = random_batch(classes=2)
-    found = value(decoupled_loss, *batch, temperature=2.0, target_weight=0.0)
+    found = value(dkd_loss, *batch, temperature=2.0, target_weight=0.0)
     assert found == pytest.approx(0, abs=1e-12)
 
 
@@ -242,7 +246,7 @@ def test_a_student_that_is_utterly_wrong_still_has_a_finite_loss():
     """A thousand nats off, where probabilities in float32 are 0 and 1."""
     student = torch.tensor([[-1000.0, 0.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[1000.0, 0.0, 0.0]])
-    loss = decoupled_loss(student, teacher, torch.tensor([0]), temperature=1.0)
+    loss = dkd_loss(student, teacher, torch.tensor([0]), temperature=1.0)
     loss.backward()
     assert loss.item() == pytest.approx(1000 + np.log(2))
     assert student.grad[0].tolist() == pytest.approx([-1.0, 0.5, 0.5])
@@ -256,7 +260,7 @@ def test_a_student_that_is_utterly_wrong_still_has_a_finite_loss():
 def test_the_relational_loss_is_that_of_its_paper(temperature, beta, gamma):
     student, teacher, _ = random_batch()
     found = value(
-        relational_loss,
+        dist,
         student,
         teacher,
         temperature=temperature,
@@ -274,31 +278,30 @@ def test_rows_only_relate_up_to_scale_and_shift(temperature):
     p = softmax(teacher / temperature, axis=1)
     student = temperature * np.log(0.5 * p + 0.5 / 5)
     how = {"temperature": temperature}
-    assert value(relational_loss, student, teacher, intra_weight=0.0, **how) == pytest.approx(0)
-    assert value(soft_loss, student, teacher, **how) > 0.01
+    assert value(dist, student, teacher, intra_weight=0.0, **how) == pytest.approx(0)
+    assert value(kl, student, teacher, **how) > 0.01
 
 
 def test_columns_only_relate_up_to_scale_and_shift():
     """Half-way to any one distribution every column is an affine map of itself."""
     _, teacher, _ = random_batch()
     student = np.log(0.5 * softmax(teacher, axis=1) + 0.5 * np.array([0.6, 0.1, 0.1, 0.1, 0.1]))
-    found = value(relational_loss, student, teacher, temperature=1.0, inter_weight=0.0)
+    found = value(dist, student, teacher, temperature=1.0, inter_weight=0.0)
     assert found == pytest.approx(0)
-    assert value(relational_loss, student, teacher, temperature=1.0) > 0.01
+    assert value(dist, student, teacher, temperature=1.0) > 0.01
 
 
 def test_one_patch_has_no_relation_to_others():
     student, teacher, _ = random_batch(rows=1)
     both, rows = (
-        value(relational_loss, student, teacher, temperature=2.0, intra_weight=weight)
-        for weight in (1.0, 0.0)
+        value(dist, student, teacher, temperature=2.0, intra_weight=weight) for weight in (1.0, 0.0)
     )
     assert both == rows > 0
 
 
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("who", ["student", "teacher", "both"])
-@every_teaching
+@every_soft_loss
 def test_constant_rows_and_columns_leave_everything_finite(loss, who, standardize):
     flat, varied = torch.full((4, 5), 0.1), torch.randn(4, 5)
     student = (flat if who in ("student", "both") else varied).clone().requires_grad_()
@@ -316,11 +319,11 @@ def test_constant_rows_and_columns_leave_everything_finite(loss, who, standardiz
 
 def test_standardised_rows_are_z_scores():
     logits, _, _ = random_batch()
-    found = standardized(torch.tensor(logits)).numpy()
+    found = standardize_logits(torch.tensor(logits)).numpy()
     assert found == pytest.approx(zscore(logits, axis=1))
 
 
-@every_teaching
+@every_soft_loss
 def test_a_loss_of_standardised_logits_is_that_of_their_z_scores(loss):
     student, teacher, labels = random_batch()
     found = value(loss, student, teacher, labels, temperature=3.0, standardize=True)
@@ -331,7 +334,7 @@ def test_a_loss_of_standardised_logits_is_that_of_their_z_scores(loss):
 
 @few
 @given(st.integers(0, 99), st.floats(0.1, 50), st.floats(-20, 20), st.floats(0.1, 50), temperatures)
-@every_teaching
+@every_soft_loss
 def test_standardised_neither_scale_nor_shift_of_logits_matters(
     loss, seed, scale, shift, other_scale, temperature
 ):
@@ -387,7 +390,7 @@ def test_features_of_different_depth_need_an_adapter(shape):
 # What all of them promise
 
 
-@every_teaching
+@every_soft_loss
 def test_no_gradient_flows_into_the_teacher(loss):
     student, teacher = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
     labels = torch.tensor([0, 3, UNLABELED])
@@ -408,13 +411,13 @@ def test_no_gradient_flows_into_the_teachers_features(shape):
 
 @few
 @given(batches(), temperatures)
-@every_teaching
+@every_soft_loss
 def test_no_loss_is_negative(loss, batch, temperature):
     assert value(loss, *batch, temperature=temperature) >= -1e-9
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-@every_teaching
+@every_soft_loss
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(loss, standardize):
     logits, _, labels = random_batch()
     how = {"temperature": 3.0, "standardize": standardize}
@@ -424,7 +427,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(loss, standardiz
 
 @few
 @given(batches(), temperatures, st.randoms(use_true_random=False))
-@every_teaching
+@every_soft_loss
 def test_the_order_of_rows_and_of_classes_does_not_matter(loss, batch, temperature, random):
     student, teacher, labels = batch
     rows, classes = (random.sample(range(n), n) for n in student.shape)
@@ -458,9 +461,9 @@ def test_nor_does_it_for_the_hard_loss(batch, random):
 
 @few
 @given(batches(), temperatures, st.integers(2, 4))
-@pytest.mark.parametrize("name", ["soft", "decoupled"])
+@pytest.mark.parametrize("name", ["kl", "dkd"])
 def test_a_batch_said_twice_costs_the_same(name, batch, temperature, times):
-    loss = TEACHING[name]
+    loss = SOFT[name]
     once = value(loss, *batch, temperature=temperature)
     again = (np.concatenate([part] * times) for part in batch)
     assert value(loss, *again, temperature=temperature) == pytest.approx(once, abs=1e-9)
@@ -471,9 +474,9 @@ def test_a_batch_said_twice_costs_the_same(name, batch, temperature, times):
 def test_nor_does_the_relational_loss_change(seed, temperature, times):
     """Short of columns so near to constant that what keeps the division finite is felt."""
     student, teacher, _ = random_batch(seed=seed)
-    once = value(relational_loss, student, teacher, temperature=temperature)
+    once = value(dist, student, teacher, temperature=temperature)
     again = (np.concatenate([part] * times) for part in (student, teacher))
-    assert value(relational_loss, *again, temperature=temperature) == pytest.approx(once)
+    assert value(dist, *again, temperature=temperature) == pytest.approx(once)
 
 
 @few
@@ -483,10 +486,10 @@ def test_every_position_of_a_map_counts_like_a_row(batch, height, width):
     maps = [np.tile(part[..., None, None], (1,) * part.ndim + (height, width)) for part in batch]
     hard, soft = (
         value(hard_loss, student, labels),
-        value(soft_loss, student, teacher, temperature=2),
+        value(kl, student, teacher, temperature=2),
     )
     assert value(hard_loss, maps[0], maps[2]) == pytest.approx(hard)
-    assert value(soft_loss, maps[0], maps[1], temperature=2) == pytest.approx(soft)
+    assert value(kl, maps[0], maps[1], temperature=2) == pytest.approx(soft)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -499,13 +502,11 @@ def test_maps_of_logits_are_rows_with_classes_in_the_second_place(standardize):
         value(hard_loss, rows[0], labels.ravel())
     )
     how = {"temperature": 2.0, "standardize": standardize}
-    assert value(soft_loss, student, teacher, **how) == pytest.approx(
-        value(soft_loss, *rows, **how)
-    )
+    assert value(kl, student, teacher, **how) == pytest.approx(value(kl, *rows, **how))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_teaching
+@every_soft_loss
 def test_low_precision_logits_are_computed_with_in_float32(loss, dtype):
     student, teacher, labels = (torch.tensor(part) for part in random_batch())
     student, teacher = student.to(dtype), teacher.to(dtype)
@@ -539,17 +540,22 @@ def test_so_are_labels_and_features():
 # The temperature's way
 
 
+def temperatures_of(epochs, **params):
+    params = DistillParams(epochs=epochs, **params)
+    return [temperature_at(epoch, params) for epoch in range(epochs)]
+
+
 def test_a_temperature_decays_from_the_first_epoch_to_the_last():
-    found = [decayed(8.0, 2.0, epoch, 4) for epoch in range(4)]
-    assert found == pytest.approx([8.0, 6.0, 4.0, 2.0])
-    assert decayed(8.0, 2.0, 0, 1) == 8.0
+    decayed = temperatures_of(4, temperature=8.0, temperature_end=2.0)
+    assert decayed == pytest.approx([8.0, 6.0, 4.0, 2.0])
+    assert temperatures_of(1, temperature=8.0, temperature_end=2.0) == [8.0]
+    assert temperatures_of(3, temperature=8.0) == [8.0] * 3
 
 
 @few
-@given(temperatures, temperatures, st.integers(1, 50), st.data())
-def test_it_never_leaves_its_two_ends(start, end, epochs, data):
-    epoch = data.draw(st.integers(0, epochs - 1))
-    found = decayed(start, end, epoch, epochs)
-    assert isinstance(found, float)
-    assert min(start, end) - 1e-9 <= found <= max(start, end) + 1e-9
-    assert decayed(start, start, epoch, epochs) == start
+@given(temperatures, temperatures, st.integers(1, 50))
+def test_it_never_leaves_its_two_ends(start, end, epochs):
+    for temperature in temperatures_of(epochs, temperature=start, temperature_end=end):
+        assert isinstance(temperature, float)
+        assert min(start, end) - 1e-9 <= temperature <= max(start, end) + 1e-9
+    assert set(temperatures_of(epochs, temperature=start, temperature_end=start)) == {start}
