@@ -35,8 +35,8 @@ from pipeline.data.synthetic import write_so2sat
 from pipeline.run.config import load_config
 from pipeline.run.manifest import load_manifest
 from pipeline.stages import load_stages
+from pipeline.training.job import TrainingJob
 from pipeline.training.loop import train
-from pipeline.training.task import Task
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
 PATCHES = 2048
@@ -78,13 +78,13 @@ def main() -> None:
                 f">= {3 if kind == 'tiny CNN' else 1.5} |",
                 flush=True,
             )
-        task = last_task(root)
+        job = last_job(root)
         for kind, name in STUDENTS.items():
-            params = msgspec.structs.replace(task.params, student=name)
-            given = replace(task, params=params)
+            params = msgspec.structs.replace(job.params, student=name)
+            given = replace(job, params=params)
             ways = {
                 "taught": lambda given=given: epoch_seconds(given),
-                "alone": lambda given=given: epoch_seconds(replace(given, taught=False)),
+                "alone": lambda given=given: epoch_seconds(replace(given, with_teacher=False)),
                 "bare": lambda given=given: bare_epoch_seconds(given),
             }
             found = [{name: way() for name, way in ways.items()} for _ in range(RUNS)]
@@ -167,14 +167,14 @@ def whole_run(root: Path, mode: str, student: str, teachers: str, count: int) ->
     return seconds
 
 
-def last_task(root: Path) -> Task:
+def last_job(root: Path) -> TrainingJob:
     """A training on what the last cached run ingested."""
     folder = root / "runs" / f"cached-{STUDENTS['tiny CNN']}-small-{PATCHES}"
     manifest = load_manifest(folder)
     assert manifest is not None
     paths = manifest.paths(folder)
     params = load_config(root / "kdpipe.yaml", load_stages()).params["distill"]
-    return Task(
+    return TrainingJob(
         params=params,
         dataset=str(paths.dataset),
         teaching=str(paths.teaching),
@@ -183,33 +183,33 @@ def last_task(root: Path) -> Task:
         init=None,
         classes=StudentData(paths).classes,
         seed=0,
-        taught=True,
+        with_teacher=True,
         folder=str(root / "scratch"),
         logs=str(root / "logs"),
     )
 
 
-def epoch_seconds(task: Task) -> float:
+def epoch_seconds(job: TrainingJob) -> float:
     """CPU seconds of one more epoch: a training of five against one of a single epoch."""
     seconds = []
     for epochs in (1, 5):
-        params = msgspec.structs.replace(task.params, epochs=epochs, warmup_epochs=0.5)
-        given = replace(task, params=params)
+        params = msgspec.structs.replace(job.params, epochs=epochs, warmup_epochs=0.5)
+        given = replace(job, params=params)
         start = time.process_time()
         train(given, lambda what, total: tqdm(total=total, disable=True))
         seconds.append(time.process_time() - start)
     return (seconds[1] - seconds[0]) / 4
 
 
-def bare_epoch_seconds(task: Task) -> float:
+def bare_epoch_seconds(job: TrainingJob) -> float:
     """The same network, batches, optimizer and losses in the shortest loop there is, validated."""
-    splits = [task.data.train, task.data.val]
-    tensors, val = (torch.from_numpy(task.data.tensors(split)) for split in splits)
+    splits = [job.data.train, job.data.val]
+    tensors, val = (torch.from_numpy(job.data.tensors(split)) for split in splits)
     labels = torch.from_numpy(np.array(splits[0].labels))
-    teacher = torch.from_numpy(np.load(Path(task.teaching) / "train-logits.npy")[0])
-    network = timm.create_model(task.params.student, num_classes=task.classes, in_chans=3).train()
+    teacher = torch.from_numpy(np.load(Path(job.teaching) / "train-logits.npy")[0])
+    network = timm.create_model(job.params.student, num_classes=job.classes, in_chans=3).train()
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    size = task.params.batch_size
+    size = job.params.batch_size
     seconds = []
     for _ in range(4):
         start = time.process_time()

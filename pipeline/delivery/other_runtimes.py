@@ -23,7 +23,7 @@ from pipeline.networks.inference import answers, reference_network
 from pipeline.run.errors import StageError, require_extra
 from pipeline.run.files import new_folder
 from pipeline.tasks.metrics import agreement, top1, undisputed_agreement
-from pipeline.training.task import trained_student
+from pipeline.training.job import load_trained_student
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -99,7 +99,7 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
     weights = paths.training / "student.safetensors"
     source = _Source(
         paths.student,
-        partial(trained_student, params, weights, data),
+        partial(load_trained_student, params, weights, data),
         (1, len(given.bands), *given.size_hw),
     )
     limit = state.config.params["benchmark"].limits.max_export_difference

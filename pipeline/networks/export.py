@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from metis.operators.legalizer import RewriteError, legalize
+from pipeline.facts import ExportFacts
 from pipeline.run.errors import StageError
+from pipeline.tasks.metrics import undisputed_agreement
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,3 +124,12 @@ def torch_logits(
             for i in range(0, len(tensors), batch)
         ]
     return np.concatenate(parts)
+
+
+def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) -> ExportFacts:
+    """Logits (N, classes) of the torch student and of its ONNX file, compared."""
+    difference = float(np.abs(trained - exported).max())
+    return ExportFacts(
+        max_abs_logit_difference=difference,
+        top1_agreement=undisputed_agreement(trained, exported, difference),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from pipeline.params.distill import DistillParams, float_part
+from pipeline.params.distill import DistillParams, float_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ def _quantization_aware(params: DistillParams) -> Iterator[str]:
         if params.quantization_aware.control:
             yield "quantization_aware.control is one of nothing: quantization_aware.share is 0"
         return
-    if float_part(params).epochs < 1:
+    if float_phase(params).epochs < 1:
         yield "quantization_aware.share leaves no epoch to train in float first"
     partners = {
         "teacher: mutual": (
@@ -122,6 +122,6 @@ def _quantization_aware(params: DistillParams) -> Iterator[str]:
 
 
 def _warmup(params: DistillParams) -> Iterator[str]:
-    epochs = float_part(params).epochs
+    epochs = float_phase(params).epochs
     if params.warmup_epochs >= epochs and epochs > 1:
         yield "warmup_epochs leaves no epoch to train at the full learning rate"

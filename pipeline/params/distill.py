@@ -87,14 +87,14 @@ class DistillParams(Params, frozen=True):
         return {**super().keyed(), "loss": self.loss.name, **old, **self.loss.weights}
 
 
-def float_part(params: DistillParams) -> DistillParams:
+def float_phase(params: DistillParams) -> DistillParams:
     """The training without its last part on the int8 grid; its schedule ends with it."""
     share = params.quantization_aware.share
     last = max(1, round(share * params.epochs)) if share else 0
     return replace(params, epochs=params.epochs - last)
 
 
-def loss_in_words(params: DistillParams) -> str:
+def describe_loss(params: DistillParams) -> str:
     """The loss as it is added up, such as 0.7 * CE + 0.3 * T^2 * KL, T = 2."""
     hard = "CE" if not params.label_smoothing else f"CE(smoothing {params.label_smoothing:g})"
     words = [f"{params.hard_weight:g} * {hard}"]

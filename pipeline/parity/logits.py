@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from metis.backend import QuantizedModel, open_backend
 from pipeline.data.dataset import DatasetSplit, StudentData
 from pipeline.facts import ComparisonFacts, ExportFacts
+from pipeline.networks.export import compare_export, torch_logits
 from pipeline.networks.inference import answers, reference_network
 from pipeline.tasks.metrics import (
     agreement,
@@ -17,14 +16,11 @@ from pipeline.tasks.metrics import (
     paired_difference,
     sqnr_db,
     top1,
-    undisputed_agreement,
 )
-from pipeline.training.task import trained_student
+from pipeline.training.job import load_trained_student
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from pipeline.params.distill import DistillParams
 
@@ -35,14 +31,12 @@ def export_values(
     """Torch student against ONNX student on validation; needs the extra `train`.
 
     Args:
-        params: see `trained_student`.
+        params: see `load_trained_student`.
         weights: see there.
         data: of the run.
         onnx: the exported student.
     """
-    from pipeline.networks.export import torch_logits
-
-    network = trained_student(params, weights, data)
+    network = load_trained_student(params, weights, data)
     by_torch, by_onnx = answers(
         data.val.images,
         data.student_input,
@@ -50,15 +44,6 @@ def export_values(
         reference_network(onnx),
     )
     return compare_export(by_torch, by_onnx)
-
-
-def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) -> ExportFacts:
-    """Logits (N, classes) of the torch student and of its ONNX file, compared."""
-    difference = float(np.abs(trained - exported).max())
-    return ExportFacts(
-        max_abs_logit_difference=difference,
-        top1_agreement=undisputed_agreement(trained, exported, difference),
-    )
 
 
 def compare_int8(

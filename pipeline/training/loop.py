@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import pickle
@@ -39,13 +38,16 @@ from pipeline.training.batches import (
     loader,
 )
 from pipeline.training.features import FeatureTaps
+from pipeline.training.job import TrainingJob, TrainingOutcome
 from pipeline.training.module import Distillation
-from pipeline.training.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import nn
+    from torch.utils.data import DataLoader
+
+    from pipeline.training.batches import Batch
 
 
 # Lightning prints through a handler of its own; kdpipe's log already has its words.
@@ -101,105 +103,111 @@ def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def train_all(
-    tasks: Sequence[Task], folder: Path, progress: Callable[[str, int], tqdm[Any]]
-) -> list[dict[str, Any]]:
+    jobs: Sequence[TrainingJob], folder: Path, progress: Callable[[str, int], tqdm[Any]]
+) -> list[TrainingOutcome]:
     """Do several trainings one after the other, together with the processes that take part.
 
     Args:
-        tasks: what to do.
-        folder: of the run; followers find the tasks there.
+        jobs: what to do.
+        folder: of the run; followers find the jobs there.
         progress: makes a progress bar.
 
     Returns:
-        The facts of each, see `train`.
+        What came of each, see `train`.
     """
-    with announced(folder, msgspec.json.encode(list(tasks))):
-        return [_train_once(task, progress) for task in tasks]
+    with announced(folder, msgspec.json.encode(list(jobs))):
+        outcomes = [_train_once(job, progress) for job in jobs]
+    return [outcome for outcome in outcomes if outcome is not None]
 
 
 def take_part(file: Path) -> None:
     """Train along, as a process of higher rank, what a file describes."""
-    for task in msgspec.json.decode(file.read_bytes(), type=list[Task]):
-        _train_once(task, lambda what, total: tqdm(total=total, disable=True))
+    for job in msgspec.json.decode(file.read_bytes(), type=list[TrainingJob]):
+        _train_once(job, lambda what, total: tqdm(total=total, disable=True))
 
 
-def _train_once(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, Any]:
+def _train_once(
+    job: TrainingJob, progress: Callable[[str, int], tqdm[Any]]
+) -> TrainingOutcome | None:
     """Train, or read what came of it, where a kill came in a later training of the stage."""
-    ended = Path(task.folder) / "checkpoints" / "facts.json"
-    if ended.exists():
-        known: dict[str, Any] = json.loads(ended.read_bytes())
-        return known
-    facts = train(task, progress)
-    if facts:  # the first process writes
-        ended.parent.mkdir()
-        write_atomically(ended, json.dumps(facts).encode())
-    return facts
+    file = Path(job.folder) / "checkpoints" / "facts.json"
+    if file.exists():
+        return msgspec.json.decode(file.read_bytes(), type=TrainingOutcome)
+    outcome = train(job, progress)
+    if outcome is not None:  # the first process writes
+        file.parent.mkdir()
+        write_atomically(file, msgspec.json.encode(outcome))
+    return outcome
 
 
-def train(task: Task, progress: Callable[[str, int], tqdm[Any]]) -> dict[str, Any]:
+def train(job: TrainingJob, progress: Callable[[str, int], tqdm[Any]]) -> TrainingOutcome | None:
     """Train one student; `folder` gets student.safetensors, best-<k>.safetensors, metrics.csv.
 
     Args:
-        task: what to do.
+        job: what to do.
         progress: makes a progress bar.
 
     Returns:
-        Facts: epochs, best epoch, the last losses, what was resumed.
+        What came of it; None in a process of higher rank.
 
     Raises:
         InputError: a layer or tensor that features name is not there.
         StageError: the loss is no longer finite.
     """
-    params, folder = task.params, Path(task.folder)
+    params, folder = job.params, Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lightning.seed_everything(task.seed, verbose=False)
-    student = task.network()
+    lightning.seed_everything(job.seed, verbose=False)
+    student = job.network()
     if params.gradient_checkpointing:
         checkpoint_gradients(student, params.student)
-    teaching = Teaching(Path(task.teaching), Path(task.contract))
-    by_ensemble = task.soft and params.teacher == "ensemble"
     best, last = _checkpoints(params, folder)
-    resumed = _resume_point(folder / "checkpoints")
+    checkpoint = _resume_point(folder / "checkpoints")
     with progress(f"train {params.student}", 1) as bar:
-        trainer = _trainer(task, [_KeepHistory(folder / "metrics.csv"), best, last, _Bar(bar)])
-        data = StudentBatches(_splits(task), task.data.student_input, teaching, answers=by_ensemble)
-        order = _order(task, data, teaching, trainer.world_size, trainer.global_rank)
-        taps = _taps(task, student, data, teaching)
-        student.train()  # Lightning leaves a module in the mode it finds it in
-        module = Distillation(
-            student,
-            params if task.taught else untaught(params),
-            params.epochs * -(-len(order) // params.accumulate_batches),
-            seed=task.seed,
-            taps=taps,
-            peer=_peer(task),
-            class_weights=_class_weights(task, data),
-        )
-        plain = StudentBatches({"val": task.data.val}, task.data.student_input, None)
-        in_order = InOrder(len(plain), params.batch_size)
-        _fit(
-            trainer,
-            module,
-            loader(data, order, params.workers),
-            loader(plain, in_order, params.workers),
-            resumed,
-            params.threads,
-        )
+        trainer = _trainer(job, [_KeepHistory(folder / "metrics.csv"), best, last, _Bar(bar)])
+        module, batches = _module(job, student, trainer)
+        _fit(trainer, module, batches, _val_batches(job), checkpoint, params.threads)
         _finish(trainer.loggers)
     if not trainer.is_global_zero:
-        return {}
+        return None
     best_epoch = _keep_weights(best, module, folder)
     shutil.rmtree(folder / "checkpoints")  # they name folders of this machine; weights can travel
     write_history(module.history, folder / "metrics.csv")
-    losses = {n: v for n, v in module.history[-1].items() if n.endswith("loss")}
-    return {
-        "epochs": len(module.history),
-        "steps": trainer.global_step,
-        "best_epoch": best_epoch + 1,
-        "losses": losses,
-        "threads": params.threads or torch.get_num_threads(),
-        "resumed_after_epoch": None if resumed is None else _epoch_of(resumed) + 1,
-    }
+    return TrainingOutcome(
+        epochs=len(module.history),
+        steps=trainer.global_step,
+        best_epoch=best_epoch + 1,
+        losses={n: v for n, v in module.history[-1].items() if n.endswith("loss")},
+        threads=params.threads or torch.get_num_threads(),
+        resumed_after_epoch=None if checkpoint is None else _epoch_of(checkpoint) + 1,
+    )
+
+
+def _module(
+    job: TrainingJob, student: nn.Module, trainer: lightning.Trainer
+) -> tuple[Distillation, DataLoader[Batch]]:
+    """The student with its losses, and the batches that it learns from."""
+    params = job.params
+    teaching = Teaching(Path(job.teaching), Path(job.contract))
+    by_ensemble = job.soft and params.teacher == "ensemble"
+    data = StudentBatches(_splits(job), job.data.student_input, teaching, answers=by_ensemble)
+    order = _order(job, data, teaching, trainer.world_size, trainer.global_rank)
+    taps = _taps(job, student, data, teaching)
+    student.train()  # Lightning leaves a module in the mode it finds it in
+    module = Distillation(
+        student,
+        params if job.with_teacher else without_teacher(params),
+        params.epochs * -(-len(order) // params.accumulate_batches),
+        seed=job.seed,
+        taps=taps,
+        peer=_peer(job),
+        class_weights=_class_weights(job, data),
+    )
+    return module, loader(data, order, params.workers)
+
+
+def _val_batches(job: TrainingJob) -> DataLoader[Batch]:
+    data = StudentBatches({"val": job.data.val}, job.data.student_input, None)
+    return loader(data, InOrder(len(data), job.params.batch_size), job.params.workers)
 
 
 def _checkpoints(params: DistillParams, folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
@@ -224,8 +232,8 @@ def _checkpoints(params: DistillParams, folder: Path) -> tuple[ModelCheckpoint, 
     return best, last
 
 
-def _trainer(task: Task, callbacks: list[Callback]) -> lightning.Trainer:
-    params = task.params
+def _trainer(job: TrainingJob, callbacks: list[Callback]) -> lightning.Trainer:
+    params = job.params
     if params.early_stop_patience is not None:
         patience = params.early_stop_patience
         early = _EarlyStopping(
@@ -240,7 +248,7 @@ def _trainer(task: Task, callbacks: list[Callback]) -> lightning.Trainer:
         strategy=params.strategy,
         precision=params.precision,
         accumulate_grad_batches=params.accumulate_batches,
-        logger=_loggers(params, Path(task.logs)),
+        logger=_loggers(params, Path(job.logs)),
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -248,11 +256,11 @@ def _trainer(task: Task, callbacks: list[Callback]) -> lightning.Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # Order divides the samples among the processes
         deterministic="warn",
-        default_root_dir=Path(task.folder),
+        default_root_dir=Path(job.folder),
     )
 
 
-def untaught(params: DistillParams) -> DistillParams:
+def without_teacher(params: DistillParams) -> DistillParams:
     """The same training with the labels alone."""
     return replace(
         params,
@@ -264,81 +272,81 @@ def untaught(params: DistillParams) -> DistillParams:
     )
 
 
-def _splits(task: Task) -> dict[str, DatasetSplit]:
-    splits = {"train": task.data.train}
-    if task.soft and task.data.unlabeled is not None:
-        splits["unlabeled"] = task.data.unlabeled
+def _splits(job: TrainingJob) -> dict[str, DatasetSplit]:
+    splits = {"train": job.data.train}
+    if job.soft and job.data.unlabeled is not None:
+        splits["unlabeled"] = job.data.unlabeled
     return splits
 
 
 def _order(
-    task: Task, data: StudentBatches, teaching: Teaching, processes: int, rank: int
+    job: TrainingJob, data: StudentBatches, teaching: Teaching, processes: int, rank: int
 ) -> Order:
     """The batches of an epoch; a training without teacher takes as many steps as one with."""
-    params = task.params
+    params = job.params
     weights = (
-        balanced_weights(data.labels(), task.classes) if params.sampling == "balanced" else None
+        balanced_weights(data.labels(), job.classes) if params.sampling == "balanced" else None
     )
     steps = None
-    if not task.soft and task.data.unlabeled is not None:
-        whole = len(data) + len(task.data.unlabeled)
+    if not job.soft and job.data.unlabeled is not None:
+        whole = len(data) + len(job.data.unlabeled)
         steps = max(1, whole // (params.batch_size * processes))
     return Order(
         len(data),
         params.batch_size,
-        seed=task.seed,
+        seed=job.seed,
         views=teaching.ensemble.views.count,
         steps=steps,
         weights=weights,
-        first_epoch=task.first_epoch,
+        first_epoch=job.first_epoch,
         rank=rank,
         processes=processes,
     )
 
 
 def _taps(
-    task: Task, student: nn.Module, data: StudentBatches, teaching: Teaching
+    job: TrainingJob, student: nn.Module, data: StudentBatches, teaching: Teaching
 ) -> FeatureTaps | None:
-    if not task.taught or not task.params.features:
+    if not job.with_teacher or not job.params.features:
         return None
     batch = data[(0, [0, 1])]
     names = teaching.ensemble.feature_names
-    return FeatureTaps(student, task.params.features, names, batch.tensor, batch.features)
+    return FeatureTaps(student, job.params.features, names, batch.tensor, batch.features)
 
 
-def _peer(task: Task) -> nn.Module | None:
-    if not task.taught or task.params.teacher != "mutual":
+def _peer(job: TrainingJob) -> nn.Module | None:
+    if not job.with_teacher or job.params.teacher != "mutual":
         return None
-    name = task.params.peer or task.params.student
+    name = job.params.peer or job.params.student
     peer = build_student(
         name,
-        task.data.student_input,
-        task.classes,
-        seed=task.seed + 1,
-        stem_stride=task.params.stem_stride,
+        job.data.student_input,
+        job.classes,
+        seed=job.seed + 1,
+        stem_stride=job.params.stem_stride,
     )
-    if task.params.gradient_checkpointing:
+    if job.params.gradient_checkpointing:
         checkpoint_gradients(peer, name)
     return peer.train()
 
 
-def _class_weights(task: Task, data: StudentBatches) -> torch.Tensor | None:
-    if task.params.class_weights == "none":
+def _class_weights(job: TrainingJob, data: StudentBatches) -> torch.Tensor | None:
+    if job.params.class_weights == "none":
         return None
-    shares = class_shares(data.labels(), task.classes)
+    shares = class_shares(data.labels(), job.classes)
     present = shares > 0
-    weights = np.zeros(task.classes, np.float32)
+    weights = np.zeros(job.classes, np.float32)
     weights[present] = 1 / (present.sum() * shares[present])  # their mean over the samples is 1
     return torch.from_numpy(weights)
 
 
 def _loggers(params: DistillParams, folder: Path) -> list[Logger]:
-    found: list[Logger] = []
+    loggers: list[Logger] = []
     if "tensorboard" in params.loggers:
-        found.append(TensorBoardLogger(folder, name="", version=""))
+        loggers.append(TensorBoardLogger(folder, name="", version=""))
     if "wandb" in params.loggers:
-        found.append(WandbLogger(save_dir=folder, offline="WANDB_API_KEY" not in os.environ))
-    return found
+        loggers.append(WandbLogger(save_dir=folder, offline="WANDB_API_KEY" not in os.environ))
+    return loggers
 
 
 def _finish(loggers: Sequence[Logger]) -> None:

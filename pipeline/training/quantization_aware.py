@@ -28,14 +28,14 @@ from pipeline.calibration.recipe import Recipe, watched
 from pipeline.calibration.study import figures
 from pipeline.facts import Int8LossFacts
 from pipeline.networks.inference import reference_logits
-from pipeline.params.distill import float_part
+from pipeline.params.distill import float_phase
 from pipeline.tasks.metrics import paired_difference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.params.distill import DistillParams
-    from pipeline.training.task import Task
+    from pipeline.training.job import TrainingJob
 
 
 #: Training patches that the ranges are chosen on.
@@ -44,12 +44,12 @@ SAMPLES = 256
 _SCHEME = "per_tensor_histogram"
 
 
-def last_part(params: DistillParams) -> DistillParams:
+def grid_phase(params: DistillParams) -> DistillParams:
     """The training on the grid: same losses, Adam and a cosine from its own learning rate to 0."""
     end = params.temperature if params.temperature_end is None else params.temperature_end
     return msgspec.structs.replace(
         params,
-        epochs=params.epochs - float_part(params).epochs,
+        epochs=params.epochs - float_phase(params).epochs,
         optimizer="adamw",
         learning_rate=params.quantization_aware.learning_rate,
         # Folded weights have no BatchNorm behind them that would undo what decay takes away.
@@ -64,7 +64,7 @@ def last_part(params: DistillParams) -> DistillParams:
 
 
 @dataclass(frozen=True)
-class Start:
+class QatStart:
     """Where the last part begins, as files, so that other processes find it."""
 
     folded: Path  # the float student, folded: ONNX, batch 1
@@ -73,11 +73,11 @@ class Start:
     count: int  # of the samples
 
     @staticmethod
-    def write(task: Task, student: Path, scratch: Path) -> Start:
+    def write(job: TrainingJob, student: Path, scratch: Path) -> QatStart:
         """Fold an exported student and choose the ranges of its activations.
 
         Args:
-            task: the float part.
+            job: the float part.
             student: ONNX; is replaced by the folded graph.
             scratch: an existing folder for the rest.
 
@@ -86,46 +86,48 @@ class Start:
         """
         parts = prepare(onnx.load(student))
         onnx.save(parts.student, student)
-        train = task.data.train
-        random = np.random.default_rng(task.seed)
+        train = job.data.train
+        random = np.random.default_rng(job.seed)
         chosen = random.permutation(len(train))[:SAMPLES]
-        samples = task.data.tensors(train, np.sort(chosen))
-        start = Start(student, scratch / "samples.npy", scratch / "ranges.json", len(samples))
+        samples = job.data.tensors(train, np.sort(chosen))
+        start = QatStart(student, scratch / "samples.npy", scratch / "ranges.json", len(samples))
         np.save(start.samples, samples[:, None])
         seen = watch(parts)
         seen.add(samples, lambda count: None)
         choose(seen, "mse").save(start.ranges)
         return start
 
-    def task(self, before: Task, params: DistillParams, name: str, *, on_grid: bool) -> Task:
+    def job(
+        self, float_job: TrainingJob, params: DistillParams, name: str, *, on_grid: bool
+    ) -> TrainingJob:
         """The training that goes on from here; without the grid it is the control.
 
         Args:
-            before: the float part.
+            float_job: the float part.
             params: of the whole training.
             name: of its folders, beside those of the float part.
             on_grid: whether to round to int8.
         """
         return replace(
-            before,
-            params=last_part(params),
+            float_job,
+            params=grid_phase(params),
             init=None,
             folded=str(self.folded),
             ranges=str(self.ranges) if on_grid else None,
-            first_epoch=before.params.epochs,
-            folder=str(Path(before.folder).with_name(name)),
-            logs=str(Path(before.logs).with_name(name)),
+            first_epoch=float_job.params.epochs,
+            folder=str(Path(float_job.folder).with_name(name)),
+            logs=str(Path(float_job.logs).with_name(name)),
         )
 
-    def int8_facts(self, task: Task, student: Path) -> Int8LossFacts:
+    def int8_facts(self, job: TrainingJob, student: Path) -> Int8LossFacts:
         """What int8 costs a student on the validation split, in the emulator.
 
         Args:
-            task: any of its trainings.
+            job: any of its trainings.
             student: ONNX.
         """
-        val = task.data.val
-        frames = task.data.tensors(val)
+        val = job.data.val
+        frames = job.data.tensors(val)
         exact = reference_logits(student, frames)
         int8 = emulated_logits(student, self.samples, frames)
         loss, interval = paired_difference(

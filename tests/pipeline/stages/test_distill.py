@@ -11,8 +11,8 @@ from pipeline.params.distill import (
     DistillParams,
     FeatureParams,
     QuantizationAwareParams,
-    float_part,
-    loss_in_words,
+    describe_loss,
+    float_phase,
 )
 from pipeline.params.losses import LOSSES
 from pipeline.run.errors import ExtraMissingError, InputError
@@ -113,16 +113,16 @@ def test_as_many_processes_as_were_started_must_be_wanted(monkeypatch):
 )
 def test_the_last_part_is_the_share_of_the_epochs_and_at_least_one(epochs, share, first):
     params = DistillParams(epochs=epochs, quantization_aware=QuantizationAwareParams(share=share))
-    assert float_part(params).epochs == first
+    assert float_phase(params).epochs == first
 
 
 def test_the_effective_loss_is_said_in_words():
-    assert loss_in_words(DistillParams()) == "0.7 * CE + 0.3 * T^2 * KL, T = 2"
+    assert describe_loss(DistillParams()) == "0.7 * CE + 0.3 * T^2 * KL, T = 2"
     given = DistillParams(
         hard_weight=0.5, soft_weight=1, loss=LOSSES["dkd"](), temperature=4, temperature_end=1
     )
-    assert loss_in_words(given) == "0.5 * CE + 1 * DKD, T = 4 to 1"
-    assert loss_in_words(DistillParams(soft_weight=0)) == "0.7 * CE"
+    assert describe_loss(given) == "0.5 * CE + 1 * DKD, T = 4 to 1"
+    assert describe_loss(DistillParams(soft_weight=0)) == "0.7 * CE"
 
 
 def test_the_export_gate_wants_small_differences_and_full_agreement():

@@ -10,16 +10,16 @@ from tqdm import tqdm
 
 from pipeline.data.dataset import DatasetSplit
 from pipeline.data.views import take_view
-from pipeline.params.distill import DistillParams, FeatureParams
+from pipeline.params.distill import DistillParams, FeatureParams, QuantizationAwareParams
 from pipeline.params.losses import LOSSES
 from pipeline.params.sources import TeacherParams, ViewParams
 from pipeline.run.errors import InputError, StageError
 from pipeline.teachers.ensemble import Ensemble, Member
 from pipeline.teachers.soft_targets import AnswerWriter, Teaching, write_ensemble
 from pipeline.training.batches import Order, StudentBatches, balanced_weights
+from pipeline.training.job import TrainingJob
 from pipeline.training.loop import train
 from pipeline.training.module import Distillation, lr_factor
-from pipeline.training.task import Task, trained
 from preprocessing.apply import student_tensor
 from preprocessing.student_input import StudentInput
 
@@ -67,7 +67,7 @@ def write_teaching(folder, answers, views=1, features=()):
         writer.add(slice(None), [[logits, *(values for _, values in features)]])
 
 
-def task(
+def job(
     folder,
     *,
     said=None,
@@ -75,7 +75,7 @@ def task(
     unlabeled=None,
     views=1,
     teacher_features=(),
-    taught=True,
+    with_teacher=True,
     size=8,
     **params,
 ):
@@ -104,7 +104,7 @@ def task(
         "loggers": (),
         **params,
     }
-    return Task(
+    return TrainingJob(
         params=DistillParams(**settings),
         dataset=str(folder / "dataset"),
         teaching=str(folder / "teaching"),
@@ -113,7 +113,7 @@ def task(
         init=None,
         classes=3,
         seed=seed,
-        taught=taught,
+        with_teacher=with_teacher,
         folder=str(folder / "out"),
         logs=str(folder / "logs"),
     )
@@ -124,9 +124,9 @@ def quiet(what, total):
 
 
 def fit(folder, **options):
-    given = task(folder, **options)
+    given = job(folder, **options)
     facts = train(given, quiet)
-    return trained(given), facts, rows_of(folder)
+    return given.load_trained(), facts, rows_of(folder)
 
 
 def rows_of(folder):
@@ -150,7 +150,7 @@ def test_it_learns_and_keeps_the_best_epochs(tmp_path):
     assert (answers_of(student, val) == val.labels).mean() > 0.9
     curve = [row["val_top1"] for row in rows]
     assert len(curve) == 4
-    assert curve[facts["best_epoch"] - 1] == max(curve)
+    assert curve[facts.best_epoch - 1] == max(curve)
     assert {"loss", "hard_loss", "soft_loss", "grad_norm", "lr", "val_loss"} <= set(rows[0])
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     # Checkpoints would name folders of this machine.
@@ -167,7 +167,7 @@ def test_it_learns_and_keeps_the_best_epochs(tmp_path):
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_parts(tmp_path):
     _, facts, _ = fit(tmp_path, hard_weight=0.2, soft_weight=1.5)
-    losses = facts["losses"]
+    losses = facts.losses
     total = 0.2 * losses["hard_loss"] + 1.5 * losses["soft_loss"]
     assert losses["loss"] == pytest.approx(total, rel=1e-4)
 
@@ -188,7 +188,7 @@ def test_the_threads_that_torch_is_given_elsewhere_change_nothing(tmp_path):
         for outside, inside in ((1, 1), (2, 1), (2, None)):
             torch.set_num_threads(outside)
             student, facts, _ = fit(tmp_path / f"{outside}-{inside}", threads=inside, epochs=2)
-            assert facts["threads"] == (inside or outside)
+            assert facts.threads == (inside or outside)
             assert torch.get_num_threads() == outside
             found.append(weights(student))
     finally:
@@ -216,7 +216,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
 
 
 def test_unlabeled_patches_add_to_the_soft_loss_alone(tmp_path):
-    given = task(tmp_path, unlabeled=30)
+    given = job(tmp_path, unlabeled=30)
     splits = {n: DatasetSplit.load(tmp_path / "dataset" / n) for n in ("train", "unlabeled")}
     teaching = Teaching(tmp_path / "teaching", tmp_path / "none")
     data = StudentBatches(splits, GIVEN, teaching)
@@ -225,31 +225,31 @@ def test_unlabeled_patches_add_to_the_soft_loss_alone(tmp_path):
     assert batch.labels.tolist() == [0, 1, -1, -1]
     assert batch.logits.argmax(dim=1).tolist() == [0, 1, 5 % 3, 29 % 3]
     facts = train(given, quiet)
-    assert facts["steps"] == 4 * (120 // 16)
+    assert facts.steps == 4 * (120 // 16)
 
 
 def test_without_teacher_the_steps_stay_the_same_and_only_labelled_patches_are_seen(tmp_path):
     given = {"unlabeled": 300, "epochs": 1}
-    taught = train(task(tmp_path / "a", **given), quiet)
-    alone = task(tmp_path / "b", **given, taught=False)
+    taught = train(job(tmp_path / "a", **given), quiet)
+    alone = job(tmp_path / "b", **given, with_teacher=False)
     facts = train(alone, quiet)
-    assert facts["steps"] == taught["steps"] == 390 // 16
-    assert "soft_loss" not in facts["losses"]
+    assert facts.steps == taught.steps == 390 // 16
+    assert "soft_loss" not in facts.losses
     # A teacher without weight is none: patches without labels would only be empty places.
     weightless, _, _ = fit(tmp_path / "c", **given, hard_weight=1.0, soft_weight=0.0)
-    assert torch.equal(weights(weightless), weights(trained(alone)))
+    assert torch.equal(weights(weightless), weights(alone.load_trained()))
 
 
 @pytest.mark.parametrize("given", [{"teacher": "ema", "ema_decay": 0.5}, {"teacher": "mutual"}])
 def test_without_an_ensemble_patches_without_labels_teach_too(tmp_path, given):
     _, facts, _ = fit(tmp_path, unlabeled=70, epochs=1, **given)
-    assert facts["steps"] == 160 // 16
-    assert facts["losses"]["soft_loss"] > 0
+    assert facts.steps == 160 // 16
+    assert facts.losses["soft_loss"] > 0
 
 
 def test_every_epoch_takes_its_view_of_images_and_answers_alike(tmp_path):
     teacher = np.random.default_rng(0).normal(size=(3, 90, 3)).astype(np.float32)
-    task(tmp_path, said=teacher, views=3)
+    job(tmp_path, said=teacher, views=3)
     found = DatasetSplit.load(tmp_path / "dataset" / "train")
     teaching = Teaching(tmp_path / "teaching", tmp_path / "none")
     data = StudentBatches({"train": found}, GIVEN, teaching)
@@ -272,8 +272,8 @@ class Killed(BaseException):
 
 
 def test_a_training_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path):
-    whole = train(task(tmp_path / "whole", ema_decay=0.9), quiet)
-    given = task(tmp_path / "killed", ema_decay=0.9)
+    whole = train(job(tmp_path / "whole", ema_decay=0.9), quiet)
+    given = job(tmp_path / "killed", ema_decay=0.9)
 
     class Bar:
         """Kills in the middle of the third epoch."""
@@ -299,11 +299,22 @@ def test_a_training_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path)
     # A kill may also have come while a checkpoint was written.
     (tmp_path / "killed" / "out" / "checkpoints" / "last-epoch=7.ckpt").write_bytes(b"PK\3\4half")
     facts = train(given, quiet)
-    assert facts["resumed_after_epoch"] == 2
+    assert facts.resumed_after_epoch == 2
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     other = replace(given, folder=str(tmp_path / "whole" / "out"))
-    assert torch.equal(weights(trained(given)), weights(trained(other)))
-    assert {**facts, "resumed_after_epoch": None} == whole
+    assert torch.equal(weights(given.load_trained()), weights(other.load_trained()))
+    assert msgspec.structs.replace(facts, resumed_after_epoch=None) == whole
+
+
+def test_other_processes_read_the_jobs_as_they_were_written(tmp_path):
+    params = {
+        "loss": LOSSES["dist"](intra_weight=0.5),
+        "features": (FeatureParams("stages.1", "t/map"),),
+        "quantization_aware": QuantizationAwareParams(share=0.5),
+    }
+    jobs = [job(tmp_path / "a"), job(tmp_path / "b", **params)]
+    document = msgspec.json.encode(jobs)
+    assert msgspec.json.decode(document, type=list[TrainingJob]) == jobs
 
 
 def test_features_of_other_widths_and_sizes_are_matched_through_adapters(tmp_path):
@@ -319,7 +330,7 @@ def test_features_of_other_widths_and_sizes_are_matched_through_adapters(tmp_pat
         features=pairs,
         feature_weight=2.0,
     )
-    losses = facts["losses"]
+    losses = facts.losses
     total = sum(
         weight * losses[f"{name}_loss"]
         for name, weight in (("hard", 0.7), ("soft", 0.3), ("feature", 2.0))
@@ -346,14 +357,14 @@ def test_an_average_that_teaches_or_is_kept_follows_its_recurrence(tmp_path):
     assert rows[-1]["soft_loss"] > 0
     averaged, _, _ = fit(tmp_path / "kept", ema_decay=0.999, epochs=1)
     plain, _, _ = fit(tmp_path / "plain", epochs=1)
-    start = task(tmp_path / "start").network()
+    start = job(tmp_path / "start").network()
     # The average begins after the first of five steps and then hardly moves.
     gone = (weights(averaged) - weights(start)).norm() / (weights(plain) - weights(start)).norm()
     assert 0 < gone < 0.3
 
 
 def test_the_average_is_the_exponential_one(tmp_path):
-    given = task(tmp_path)
+    given = job(tmp_path)
     student = given.network()
     module = Distillation(student, msgspec.structs.replace(given.params, ema_decay=0.8), 10, seed=0)
     expected = None
@@ -369,7 +380,7 @@ def test_the_average_is_the_exponential_one(tmp_path):
 
 def test_two_students_teach_each_other(tmp_path):
     _, facts, rows = fit(tmp_path, teacher="mutual", peer="test_resnet", epochs=2)
-    assert {"soft_loss", "peer_loss"} <= set(facts["losses"])
+    assert {"soft_loss", "peer_loss"} <= set(facts.losses)
     total = 0.7 * rows[-1]["hard_loss"] + 0.3 * rows[-1]["soft_loss"] + rows[-1]["peer_loss"]
     assert rows[-1]["loss"] == pytest.approx(total, rel=1e-4)
 
@@ -400,14 +411,14 @@ def test_two_batches_accumulated_are_one_of_twice_the_size(tmp_path):
     given = {**PLAIN, "student": "test_convnext", "size": 32, "optimizer": "sgd"}
     one, _, _ = fit(tmp_path / "one", batch_size=30, **given)
     two, facts, _ = fit(tmp_path / "two", batch_size=15, accumulate_batches=2, **given)
-    assert facts["steps"] == 3
+    assert facts.steps == 3
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in one.modules())
     torch.testing.assert_close(weights(two), weights(one), atol=1e-5, rtol=0)
 
 
 def test_gradients_are_clipped_to_their_norm_and_logged_before(tmp_path):
     clip = 0.01
-    start = weights(task(tmp_path / "start").network())
+    start = weights(job(tmp_path / "start").network())
     given = {**PLAIN, "batch_size": 90, "optimizer": "sgd", "gradient_clip": clip}
     student, _, rows = fit(tmp_path / "one", **given)  # one step; Nesterov makes it 1.9 times
     assert rows[0]["grad_norm"] > 10 * clip
@@ -420,7 +431,7 @@ def test_every_training_is_a_run_of_its_own_in_weights_and_biases(tmp_path, monk
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for name in ("student", "no_teacher"):
-        given = task(tmp_path / name, loggers=("wandb",), epochs=1, taught=name == "student")
+        given = job(tmp_path / name, loggers=("wandb",), epochs=1, with_teacher=name == "student")
         train(given, quiet)
         assert len(list((tmp_path / name / "logs" / "wandb").glob("offline-run-*"))) == 1
 
@@ -430,13 +441,13 @@ def test_early_stopping_waits_for_its_patience_and_a_kill_then_changes_nothing(
 ):
     given = {"learning_rate": 1e-9, "epochs": 8, "early_stop_patience": 2}
     _, facts, rows = fit(tmp_path / "whole", **given)
-    assert len(rows) == facts["epochs"] == facts["best_epoch"] + 2 < 8
+    assert len(rows) == facts.epochs == facts.best_epoch + 2 < 8
 
     def killed(*words):
         raise Killed
 
     monkeypatch.setattr("pipeline.training.loop._keep_weights", killed)
-    late = task(tmp_path / "killed", **given)
+    late = job(tmp_path / "killed", **given)
     with pytest.raises(Killed):
         train(late, quiet)
     monkeypatch.undo()

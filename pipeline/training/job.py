@@ -1,4 +1,4 @@
-"""One training, described so that another process can take part in it."""
+"""One training, described so that another process can take part in it, and what came of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
 from safetensors.torch import load_file
 
 from pipeline.artifacts import Artifacts
@@ -17,34 +18,10 @@ from pipeline.training.folded_network import folded_network
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.nn import Module
-
-
-def trained_student(params: DistillParams, weights: Path, data: StudentData) -> Module:
-    """The torch network that distill left; needs the extra `train`.
-
-    Args:
-        params: the section `distill`, which names the network.
-        weights: student.safetensors; of a folded student, with folded.onnx beside it.
-        data: of the run.
-    """
-    network: Module
-    if params.quantization_aware.share:
-        network = folded_network(weights.with_name("folded.onnx"))
-    else:
-        network = build_student(
-            params.student,
-            data.student_input,
-            data.classes,
-            seed=0,
-            stem_stride=params.stem_stride,
-        )
-    network.load_state_dict(load_file(weights))
-    return network
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingJob:
     """One training, described so that another process can take part in it."""
 
     params: DistillParams
@@ -55,7 +32,7 @@ class Task:
     init: str | None  # file of weights to start from
     classes: int
     seed: int
-    taught: bool  # False: the same student, steps and labelled data, without teacher
+    with_teacher: bool  # False: the same student, steps and labelled data, without teacher
     folder: str  # for checkpoints and results; what is there is gone on with
     logs: str  # for TensorBoard
     folded: str | None = None  # ONNX of a folded student to go on with, in place of a network
@@ -65,7 +42,7 @@ class Task:
     @property
     def soft(self) -> bool:
         """Whether anything but labels teaches; only then patches without labels are of use."""
-        return self.taught and bool(self.params.soft_weight or self.params.feature_weight)
+        return self.with_teacher and bool(self.params.soft_weight or self.params.feature_weight)
 
     @cached_property
     def data(self) -> StudentData:
@@ -87,9 +64,42 @@ class Task:
             init=Path(self.init) if self.init else None,
         )
 
+    def load_trained(self) -> nn.Module:
+        """The float student with the weights of its best epoch, in evaluation mode."""
+        network = replace(self, ranges=None).network()
+        network.load_state_dict(load_file(Path(self.folder) / "student.safetensors"))
+        return network.eval()
 
-def trained(task: Task) -> nn.Module:
-    """The float student with the weights of its best epoch, in evaluation mode."""
-    network = replace(task, ranges=None).network()
-    network.load_state_dict(load_file(Path(task.folder) / "student.safetensors"))
-    return network.eval()
+
+class TrainingOutcome(Struct, frozen=True):
+    """What came of a training, besides files."""
+
+    epochs: int
+    steps: int  # of the optimizer
+    best_epoch: int  # from 1
+    losses: dict[str, float]  # of the last epoch, by name
+    threads: int  # of torch on the CPU
+    resumed_after_epoch: int | None  # None: it was not interrupted
+
+
+def load_trained_student(params: DistillParams, weights: Path, data: StudentData) -> nn.Module:
+    """The torch network that distill left; needs the extra `train`.
+
+    Args:
+        params: the section `distill`, which names the network.
+        weights: student.safetensors; of a folded student, with folded.onnx beside it.
+        data: of the run.
+    """
+    network: nn.Module
+    if params.quantization_aware.share:
+        network = folded_network(weights.with_name("folded.onnx"))
+    else:
+        network = build_student(
+            params.student,
+            data.student_input,
+            data.classes,
+            seed=0,
+            stem_stride=params.stem_stride,
+        )
+    network.load_state_dict(load_file(weights))
+    return network
