@@ -1,4 +1,9 @@
-"""What soft losses share: their signature, and logits made ready for them."""
+"""What soft losses share: their signature, and logits made ready for them.
+
+Logits are (N, classes), or (N, classes, ...) where every position has a class of its own. They are
+computed in float32 or better whatever autocast makes of the network, and no gradient flows into a
+teacher.
+"""
 
 from __future__ import annotations
 
