@@ -11,19 +11,22 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from metis.backend import CompiledModel, QuantizedModel, open_backend
-from pipeline.params.benchmark import BundleLimits
-from pipeline.run.errors import StageError
+from pipeline.data.dataset import StudentData
+from pipeline.delivery.device_run import deploy_folder
+from pipeline.networks.inference import reference_logits
 from pipeline.run.files import folder_files, new_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from pipeline.artifacts import Artifacts
-    from pipeline.data.dataset import StudentData
+    from pipeline.params.benchmark import BenchmarkParams, BundleLimits
+    from pipeline.run.stage import Job
     from pipeline.run.state import RunState
 
 
@@ -49,8 +52,6 @@ def assemble_bundle(
         limits: what kdbench accepts there.
         progress: called with the number of test images that the float student has just answered.
     """
-    from pipeline.data.dataset import StudentData
-
     data = StudentData(inputs)
     compiled = CompiledModel.load(inputs.compiled_model)
     into.mkdir(exist_ok=True)
@@ -93,6 +94,19 @@ def assemble_bundle(
     (into / "bundle.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
+def write_bundle(job: Job, params: BenchmarkParams) -> None:
+    """Write the artifact `bundle`."""
+    test = job.facts.ingest.splits["test"]
+    with job.progress("float student on test", test.patches) as bar:
+        assemble_bundle(
+            job.inputs,
+            job.outputs.bundle,
+            golden_samples=params.golden_samples,
+            limits=params.bundle_limits,
+            progress=bar.update,
+        )
+
+
 def write_whole(state: RunState, dest: Path) -> int:
     """The bundle of a run that is compiled; all of it, or nothing.
 
@@ -127,10 +141,6 @@ def _test(
     inputs: Artifacts, data: StudentData, progress: Callable[[int], object]
 ) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), labels (int64), float_classes (int64, of the float student)."""
-    import numpy as np
-
-    from pipeline.networks.inference import reference_logits
-
     classes = []
     for _, tensors in data.blocks(data.test, 256):
         classes.append(reference_logits(inputs.student, tensors).argmax(1))
@@ -143,9 +153,7 @@ def _test(
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    import numpy
-
-    numpy.savez(path, allow_pickle=False, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def pack_bundle(folder: Path, archive: Path) -> str:
@@ -172,12 +180,3 @@ def pack_bundle(folder: Path, archive: Path) -> str:
             with file.open("rb") as source:
                 tar.addfile(entry, source)
     return sha256(archive.read_bytes()).hexdigest()
-
-
-def deploy_folder() -> Path:
-    """The programs that travel: inside an installed wheel, or beside the packages in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "_deploy", package.parent / "deploy"):
-        if (folder / "kdbench.py").is_file():
-            return folder
-    raise StageError("kdbench.py is not installed with kdpipe; install kdpipe again")

@@ -7,22 +7,40 @@ import shutil
 from dataclasses import astuple, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from metis.voyager.device_constants import constant_error
 from metis.voyager.pipeline_yaml import DevicePipeline, render_yaml, yaml_obstacle
+from pipeline.data.dataset import StudentData
 from pipeline.facts import ChannelFacts, ConstantsFacts
-from pipeline.params.compile import CompileParams
-from pipeline.run.stage import Job
+from pipeline.networks.inference import answers, reference_network
+from pipeline.tasks.metrics import agreement, top1
+from preprocessing.apply import exported_images
+from preprocessing.images import class_folders, write_in_order, write_png
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipeline.data.dataset import StudentData
+    from pipeline.params.compile import CompileParams
+    from pipeline.run.stage import Job
+
+
+def make_device_pipeline(
+    job: Job, params: CompileParams, scheme: str
+) -> tuple[str, ConstantsFacts | None]:
+    """Write the device pipeline, and measure what its constants do to the student.
+
+    Returns:
+        Why there is no YAML, or nothing; the constants where there is one.
+    """
+    data = StudentData(job.inputs)
+    obstacle = write_device_pipeline(job, params, data, scheme)
+    return obstacle, None if obstacle else measure_device_constants(job, data)
 
 
 def write_device_pipeline(job: Job, params: CompileParams, data: StudentData, scheme: str) -> str:
     """YAML, student and images for the SDK's own scripts; or why there are none."""
-    given = data.student_input
-    obstacle = yaml_obstacle(given)
+    obstacle = yaml_obstacle(data.student_input)
     folder = job.outputs.device_pipeline
     folder.mkdir()
     if obstacle:
@@ -39,7 +57,7 @@ def write_device_pipeline(job: Job, params: CompileParams, data: StudentData, sc
         sdk_release=params.sdk_release,
         path_prefix=params.path_prefix,
     )
-    (folder / f"{job.run}.yaml").write_text(render_yaml(given, pipeline))
+    (folder / f"{job.run}.yaml").write_text(render_yaml(data.student_input, pipeline))
     shutil.copyfile(job.inputs.baked_student, folder / pipeline.weight_path)
     _write_images(job, data, folder / pipeline.dataset)
     return ""
@@ -47,9 +65,6 @@ def write_device_pipeline(job: Job, params: CompileParams, data: StudentData, sc
 
 def measure_device_constants(job: Job, data: StudentData) -> ConstantsFacts:
     """What the device pipe's three decimals do to mean and std, and to top-1."""
-    from pipeline.networks.inference import answers, reference_network
-    from pipeline.tasks.metrics import agreement, top1
-
     given = data.student_input
     errors = [constant_error(m, s) for m, s in zip(given.mean, given.std, strict=True)]
     channels = tuple(
@@ -80,11 +95,6 @@ def measure_device_constants(job: Job, data: StudentData) -> ConstantsFacts:
 
 def _write_images(job: Job, data: StudentData, folder: Path) -> None:
     """Calibration images in calibration order, validation images in class folders, labels."""
-    import numpy as np
-
-    from preprocessing.apply import exported_images
-    from preprocessing.images import class_folders, write_in_order, write_png
-
     samples = json.loads((job.inputs.calibration_set / "samples.json").read_text())
     given, train, val = data.student_input, data.train, data.val
     chosen = np.searchsorted(train.rows, samples["rows"])

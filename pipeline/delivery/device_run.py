@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.run.errors import StageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
 
 #: Exit statuses of kdbench that are results; the gates judge them.
@@ -41,7 +41,7 @@ class KdbenchError(StageError):
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class RemoteHost:
     """A machine that ssh reaches without asking for a password."""
 
     host: str  # as ssh takes it: user@box
@@ -49,9 +49,18 @@ class Elsewhere:
     python: str = "python3"
 
 
-def run_here(
+def deploy_folder() -> Path:
+    """The programs that travel: inside an installed wheel, or beside the packages in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_deploy", package.parent / "deploy"):
+        if (folder / "kdbench.py").is_file():
+            return folder
+    raise StageError("kdbench.py is not installed with kdpipe; install kdpipe again")
+
+
+def run_local(
     bundle: Path,
-    words: Sequence[str],
+    arguments: Sequence[str],
     samples: Path,
     time_limit_s: float,
     python: str = sys.executable,
@@ -60,7 +69,7 @@ def run_here(
 
     Args:
         bundle: the bundle.
-        words: of kdbench's command line.
+        arguments: of kdbench's command line.
         samples: file that gets every latency.
         time_limit_s: seconds after which it is ended.
         python: that has the runtime.
@@ -68,20 +77,20 @@ def run_here(
     Raises:
         KdbenchError: it ended badly; its own words are in the message.
     """
-    command = [python, str(bundle / "kdbench.py"), *words, f"--samples={samples}"]
+    command = [python, str(bundle / "kdbench.py"), *arguments, f"--samples={samples}"]
     status, out, err = _run(command, bundle, time_limit_s)
     return _last_line("kdbench.py", status, out, err)
 
 
-def run_there(
-    there: Elsewhere, bundle: Path, words: Sequence[str], samples: Path, time_limit_s: float
+def run_remote(
+    remote: RemoteHost, bundle: Path, arguments: Sequence[str], samples: Path, time_limit_s: float
 ) -> str:
     """Copy the bundle to the machine, start its program there, bring the samples back, clean up.
 
     Args:
-        there: the machine.
+        remote: the machine.
         bundle: the bundle.
-        words: of kdbench's command line.
+        arguments: of kdbench's command line.
         samples: file that gets every latency.
         time_limit_s: seconds after which the program is ended.
 
@@ -91,31 +100,31 @@ def run_there(
     Raises:
         KdbenchError: 6 the machine is not reached; 5 it has no such Python; else what kdbench says.
     """
-    folder = _ssh(there, "mktemp -d").decode().strip()
+    folder = _ssh(remote, "mktemp -d").decode().strip()
     try:
-        _copy(there, bundle, folder)
-        command = _ssh_command(there, _guarded(there, words, folder))
+        _copy(remote, bundle, folder)
+        command = _ssh_command(remote, _guarded(remote, arguments, folder))
         status, out, err = _run(command, bundle, time_limit_s)
         if status == _NO_PROGRAM:
             raise KdbenchError(
-                f"{there.host} has no {there.python}; set benchmark.remote_python", 5
+                f"{remote.host} has no {remote.python}; set benchmark.remote_python", 5
             )
         if status == _SSH_FAILED:
-            raise KdbenchError(f"the connection to {there.host} broke: {_final(err)}", 6)
-        line = _last_line(f"kdbench.py on {there.host}", status, out, err)
-        samples.write_bytes(_ssh(there, f"cat {shlex.quote(folder)}/samples.npz"))
+            raise KdbenchError(f"the connection to {remote.host} broke: {_last_words(err)}", 6)
+        line = _last_line(f"kdbench.py on {remote.host}", status, out, err)
+        samples.write_bytes(_ssh(remote, f"cat {shlex.quote(folder)}/samples.npz"))
         return line
     finally:
-        _clean(there, folder)
+        _clean(remote, folder)
 
 
-def _guarded(there: Elsewhere, words: Sequence[str], folder: str) -> str:
+def _guarded(remote: RemoteHost, arguments: Sequence[str], folder: str) -> str:
     """A line of shell that runs kdbench there, and ends it when the connection goes away.
 
     sshd does not end what it started when ssh is killed; but standard input ends then.
     """
     place = shlex.quote(folder)
-    program = shlex.join([there.python, "kdbench.py", *words, "--samples=samples.npz"])
+    program = shlex.join([remote.python, "kdbench.py", *arguments, "--samples=samples.npz"])
     return (
         f"cd {place} && exec 3<&0; {program} </dev/null & child=$!; "
         f"{{ cat <&3 >/dev/null 2>&1; kill $child; rm -rf {place}; }} >/dev/null 2>&1 & guard=$!; "
@@ -123,8 +132,8 @@ def _guarded(there: Elsewhere, words: Sequence[str], folder: str) -> str:
     )
 
 
-def _copy(there: Elsewhere, bundle: Path, folder: str) -> None:
-    command = _ssh_command(there, f"tar -xf - -C {shlex.quote(folder)}")
+def _copy(remote: RemoteHost, bundle: Path, folder: str) -> None:
+    command = _ssh_command(remote, f"tar -xf - -C {shlex.quote(folder)}")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stderr is not None
@@ -134,38 +143,38 @@ def _copy(there: Elsewhere, bundle: Path, folder: str) -> None:
             child.stdin.close()
         except BrokenPipeError:
             pass  # its own words say why
-        words = child.stderr.read().decode(errors="replace")
+        stderr = child.stderr.read().decode(errors="replace")
     if child.returncode:
-        raise KdbenchError(f"the bundle does not get to {there.host}: {_final(words)}", 6)
+        raise KdbenchError(f"the bundle does not get to {remote.host}: {_last_words(stderr)}", 6)
 
 
-def _clean(there: Elsewhere, folder: str) -> None:
+def _clean(remote: RemoteHost, folder: str) -> None:
     """Remove what was copied; a machine that went away must not hide why we are here."""
     try:
-        _ssh(there, f"rm -rf {shlex.quote(folder)}")
+        _ssh(remote, f"rm -rf {shlex.quote(folder)}")
     except KdbenchError as error:
-        log.warning("%s is still on %s: %s", folder, there.host, error)
+        log.warning("%s is still on %s: %s", folder, remote.host, error)
 
 
-def _ssh(there: Elsewhere, line: str) -> bytes:
-    result = subprocess.run(_ssh_command(there, line), capture_output=True, check=False)
+def _ssh(remote: RemoteHost, line: str) -> bytes:
+    result = subprocess.run(_ssh_command(remote, line), capture_output=True, check=False)
     if result.returncode:
-        words = _final(result.stderr.decode(errors="replace"))
-        raise KdbenchError(f"{there.host} is not reached over ssh: {words}", 6)
+        reason = _last_words(result.stderr.decode(errors="replace"))
+        raise KdbenchError(f"{remote.host} is not reached over ssh: {reason}", 6)
     return result.stdout
 
 
-def _ssh_command(there: Elsewhere, line: str) -> list[str]:
+def _ssh_command(remote: RemoteHost, line: str) -> list[str]:
     """The words before the host are ssh's: ours first, so that the user's can't be undone."""
     return [
         "ssh",
-        *there.ssh_options,
+        *remote.ssh_options,
         "-o",
         "BatchMode=yes",  # ask nobody
         "-o",
         "ConnectTimeout=15",
         "--",
-        there.host,
+        remote.host,
         line,
     ]
 
@@ -214,19 +223,15 @@ def _run(command: Sequence[str], folder: Path, time_limit_s: float) -> tuple[int
 
 def _last_line(program: str, status: int, out: str, err: str) -> str:
     if status not in RESULTS:
-        known = status if 0 < status < 7 else 1
-        raise KdbenchError(f"{program} ended with {status}: {_final(err)}", known)
+        own = status if 0 < status < 7 else 1
+        raise KdbenchError(f"{program} ended with {status}: {_last_words(err)}", own)
     return out.rstrip().rpartition("\n")[2]
 
 
-def _final(words: str) -> str:
+def _last_words(stderr: str) -> str:
     """The last line of what a program said, without its own `Error:`."""
-    lines = list(_spoken(words))
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     return lines[-1].removeprefix("Error: ") if lines else "it said nothing"
-
-
-def _spoken(words: str) -> Iterator[str]:
-    return (line.strip() for line in words.splitlines() if line.strip())
 
 
 def _die_with_parent() -> None:

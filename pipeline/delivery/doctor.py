@@ -10,7 +10,7 @@ from typing import Any
 
 from metis.backend import BACKENDS, open_backend
 from metis.voyager.process import find_interpreter, python_with_runtime
-from pipeline.delivery.bundle import deploy_folder
+from pipeline.delivery.device_run import deploy_folder
 from pipeline.run.environment import DISTRIBUTIONS, describe_environment, installed
 
 

@@ -82,7 +82,7 @@ class BenchmarkParams(Params, frozen=True):
         return BundleLimits(self.max_logit_steps, self.max_device_loss)
 
     @property
-    def words(self) -> list[str]:
+    def kdbench_arguments(self) -> list[str]:
         """For kdbench's command line."""
         return [
             f"--min-seconds={self.min_seconds}",

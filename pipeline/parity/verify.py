@@ -1,16 +1,29 @@
-"""The parity of a finished run, computed anew from its artifacts."""
+"""The parity of a run: as its stages measured it, or computed anew from its artifacts."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from metis.backend import QuantizedModel
+from pipeline.data.dataset import StudentData
+from pipeline.parity.images import SAMPLES, image_legs
 from pipeline.parity.legs import export_leg, int8_leg, judge
+from pipeline.parity.logits import compare_int8, export_values
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.facts import Leg
     from pipeline.parity.legs import JudgedLeg
+    from pipeline.run.stage import Job
     from pipeline.run.state import RunState
+
+
+def prove_parity(job: Job) -> list[Leg]:
+    """The legs from training tensor to int8; the last two as their own stages recorded them."""
+    with job.progress("parity", SAMPLES) as bar:
+        legs = image_legs(StudentData(job.inputs), job.inputs.device_pipeline, job.run, bar.update)
+    return [*legs, export_leg(job.facts.distill), int8_leg(job.facts.calibrate)]
 
 
 def verify_parity(state: RunState) -> list[JudgedLeg]:
@@ -19,11 +32,6 @@ def verify_parity(state: RunState) -> list[JudgedLeg]:
     Raises:
         InputError: a stage that makes what is compared did not run yet.
     """
-    from metis.backend import QuantizedModel
-    from pipeline.data.dataset import StudentData
-    from pipeline.parity.images import image_legs
-    from pipeline.parity.logits import compare_int8, export_values
-
     needed = {"distill": "student", "calibrate": "quantized_model", "compile": "device_pipeline"}
     for stage, artifact in needed.items():
         if state.artifact(artifact) is None:

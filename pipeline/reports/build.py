@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.data.dataset import StudentData
 from pipeline.parity.legs import judge
+from pipeline.reports.pages import write_report
 from pipeline.reports.report import (
     SCHEMA,
     BenchmarkReport,
@@ -23,12 +24,32 @@ from pipeline.tasks.metrics import proportion_interval
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from pipeline.facts import CalibrateFacts, Leg, MeasuredOn
     from pipeline.params.benchmark import BenchmarkParams
     from pipeline.parity.legs import JudgedLeg
     from pipeline.reports.report import Measurement
     from pipeline.run.stage import Job
+
+
+def report_benchmark(
+    job: Job,
+    params: BenchmarkParams,
+    measurement: Measurement,
+    legs: Sequence[Leg],
+    samples: Path,
+) -> None:
+    """Write the report of a measurement into the folder of its samples.
+
+    Args:
+        job: of benchmark, with the bundle written.
+        params: of benchmark.
+        measurement: what kdbench printed.
+        legs: of parity.
+        samples: the .npz with every latency; the report's pages lie beside it.
+    """
+    write_report(build_report(job, params, measurement, legs), samples, samples.parent)
 
 
 def build_report(

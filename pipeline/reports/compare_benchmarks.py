@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.reports.report import BenchmarkReport, ReportError, parse_report
 from pipeline.run.errors import InputError
 
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -75,8 +76,6 @@ def load_measured(path: Path) -> Measured:
     Raises:
         InputError: one of them is missing or not what it should be.
     """
-    import numpy as np
-
     try:
         data = path.read_bytes()
         report = parse_report(data)
@@ -193,8 +192,6 @@ def _ratios(first: Measured, second: Measured) -> Iterator[Ratio]:
 
 
 def _quantile(values: NDArray[np.float64], quantile: float) -> float:
-    import numpy as np
-
     return float(np.quantile(values, quantile))
 
 
@@ -206,8 +203,6 @@ def _ratio(
     draws: list[NDArray[np.float64]],
     spread: float | None,
 ) -> Ratio:
-    import numpy as np
-
     low, high = np.quantile(draws[1] / draws[0], (0.025, 0.975))
     return Ratio(what, unit, on, *values, float(low), float(high), spread)
 
@@ -223,8 +218,6 @@ def _series(samples: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
 
 def _gaps(samples: dict[str, NDArray[Any]], scope: str) -> NDArray[np.float64]:
     """Times between the answers of Offline, all repeats one after the other."""
-    import numpy as np
-
     way = "double" if "double" in scope else "single"
     names = sorted(name for name in samples if name.startswith(f"offline_{way}_"))
     return np.concatenate([np.diff(samples[name], prepend=0) for name in names]).astype(float)
@@ -240,8 +233,6 @@ def _resampled(
     Source:
         Kunsch 1989, the block bootstrap for stationary observations.
     """
-    import numpy as np
-
     random = np.random.default_rng(seed)
     length = max(1, len(values) // BLOCKS)
     # A few hundred of a block's values stand for it; a million would change no third digit.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+from matplotlib.figure import Figure
 
 from metis.graph.ends import external_files, graph_inputs
 from metis.graph.sessions import open_session
@@ -364,13 +365,9 @@ def _cell(column: str, mean: float | None, sd: float | None) -> str:
 
 
 def _picture(summaries: Sequence[Summary], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
     height = 0.6 + 0.42 * len(summaries)
-    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots()
     places = range(len(summaries))
     colors = ["#b0b7bf" if row.name.startswith("teacher") else "#4c78a8" for row in summaries]
     scores = [100 * (row.mean["top1"] or 0) for row in summaries]
@@ -382,4 +379,3 @@ def _picture(summaries: Sequence[Summary], path: Path) -> None:
     axes.set_xlim(0, 108)
     axes.set_xlabel("top-1 on validation, % (host-float)")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 
@@ -91,17 +92,11 @@ def write_confusions(found: Sequence[tuple[str, Confusion]], folder: Path) -> No
 
 
 def _picture(found: Sequence[tuple[str, Confusion]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
     across = min(3, len(found))
     down = math.ceil(len(found) / across)
     edge = 2.0 + 0.3 * max(len(some.classes) for _, some in found)
-    figure, axes = plt.subplots(
-        down, across, figsize=(edge * across, edge * down), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(edge * across, edge * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False)
     for panel in axes.flat[len(found) :]:
         panel.set_axis_off()
     for panel, (name, some) in zip(axes.flat, found, strict=False):
@@ -118,4 +113,3 @@ def _picture(found: Sequence[tuple[str, Confusion]], path: Path) -> None:
         panel.set_xlabel("decision")
         panel.set_ylabel("label")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+import matplotlib as mpl
 import msgspec
+import numpy as np
+from matplotlib.figure import Figure
 
 from pipeline.reports.report import BenchmarkReport, Watched, in_ms
 
@@ -34,8 +39,6 @@ def write_report(report: BenchmarkReport, samples: Path, folder: Path) -> None:
 
 
 def _render(name: str, report: BenchmarkReport, picture: str) -> str:
-    import jinja2
-
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.reports", "templates"),
         autoescape=name.endswith(".html"),
@@ -92,14 +95,6 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
 
     With the device's temperature, where it was read. Empty when SingleStream was not measured.
     """
-    import io
-
-    import matplotlib as mpl
-    import numpy as np
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
     rows = [row for row in report.measurement.latency if row.scope == "tensor to logits"]
     if not rows:
         return ""
@@ -108,8 +103,9 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
         raw = {**archive}
     ms = raw["all_ns"] / 1e6
     shown = ms[ms <= np.quantile(ms, 0.999)]
-    with plt.rc_context({"svg.hashsalt": "kdpipe", "font.size": 9}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 2.6), layout="constrained")
+    with mpl.rc_context({"svg.hashsalt": "kdpipe", "font.size": 9}):
+        figure = Figure(figsize=(9.6, 2.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
         left.hist(shown, bins=80, color="#4c78a8")
         for name, color in (("p50", "#222222"), ("p90", "#e45756"), ("p99", "#b279a2")):
             value = getattr(latency, name)
@@ -122,15 +118,12 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
         right.set_xlabel(f"seconds of the measurement ({latency.measured_on})")
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
     text = out.getvalue()
     return text[text.index("<svg") :]
 
 
 def _draw_course(axes: Any, raw: dict[str, NDArray[Any]]) -> None:  # noqa: ANN401 - matplotlib's
     """Percentiles over time, a line for each repeat; the temperature, on an axis of its own."""
-    import numpy as np
-
     ends = raw["repeat_ends"]
     # At most 300 points, each of 50 queries in a row or more.
     many = max(50, len(raw["all_ns"]) // 300)

@@ -6,50 +6,32 @@ from typing import TYPE_CHECKING
 
 from metis.backend import CompiledModel
 from metis.voyager.process import find_interpreter, python_with_runtime
+from pipeline.delivery.device_run import RemoteHost, run_local, run_remote
 from pipeline.facts import BenchmarkFacts, LatencyFacts, PngLeg, YamlLeg
 from pipeline.params.benchmark import BUNDLED, BenchmarkParams
+from pipeline.parity.legs import judge
+from pipeline.reports.report import parse_measurement
 from pipeline.run.environment import installed
 from pipeline.run.stage import Gate, Job, Stage
 
 if TYPE_CHECKING:
-    from pipeline.facts import Leg
-    from pipeline.reports.report import Measurement
+    from pathlib import Path
 
 
 def run(job: Job, params: BenchmarkParams) -> BenchmarkFacts:
     """Prove parity, write the bundle, start kdbench.py from it, write the report."""
-    from pipeline.delivery.bundle import assemble_bundle
-    from pipeline.delivery.device_run import Elsewhere, run_here, run_there
-    from pipeline.reports.build import build_report
-    from pipeline.reports.pages import write_report
-    from pipeline.reports.report import parse_measurement
+    from pipeline.delivery.bundle import write_bundle
+    from pipeline.parity.verify import prove_parity
+    from pipeline.reports.build import report_benchmark
 
-    legs = _parity(job)
-    bundle, folder = job.outputs.bundle, job.outputs.benchmark_report
-    with job.progress("float student on test", job.facts.ingest.splits["test"].patches) as bar:
-        assemble_bundle(
-            job.inputs,
-            bundle,
-            golden_samples=params.golden_samples,
-            limits=params.bundle_limits,
-            progress=bar.update,
-        )
+    legs = prove_parity(job)
+    write_bundle(job, params)
+    folder = job.outputs.benchmark_report
     folder.mkdir()
     samples = folder / "samples.npz"
-    if params.host:
-        there = Elsewhere(params.host, params.ssh_options, params.remote_python)
-        text = run_there(there, bundle, params.words, samples, params.time_limit)
-    else:
-        compiled = CompiledModel.load(job.inputs.compiled_model)
-        python = python_with_runtime(compiled.runtime)
-        text = run_here(bundle, params.words, samples, params.time_limit, python)
-    measurement = parse_measurement(text)
-    write_report(build_report(job, params, measurement, legs), samples, folder)
-    return _facts(measurement, legs)
-
-
-def _facts(measurement: Measurement, legs: list[Leg]) -> BenchmarkFacts:
-    latency = {row.scope: row for row in measurement.latency}["tensor to logits"]
+    measurement = parse_measurement(start_kdbench(job, params, samples))
+    report_benchmark(job, params, measurement, legs, samples)
+    latency = next(row for row in measurement.latency if row.scope == "tensor to logits")
     assert measurement.throughput is not None  # both scenarios were asked for
     return BenchmarkFacts(
         measured_on=measurement.measured_on,
@@ -63,15 +45,18 @@ def _facts(measurement: Measurement, legs: list[Leg]) -> BenchmarkFacts:
     )
 
 
-def _parity(job: Job) -> list[Leg]:
-    """The legs from training tensor to int8; the last two as their own stages recorded them."""
-    from pipeline.data.dataset import StudentData
-    from pipeline.parity.images import SAMPLES, image_legs
-    from pipeline.parity.legs import export_leg, int8_leg
+def start_kdbench(job: Job, params: BenchmarkParams, samples: Path) -> str:
+    """Measure here or on the host that was named; the document that kdbench prints.
 
-    with job.progress("parity", SAMPLES) as bar:
-        legs = image_legs(StudentData(job.inputs), job.inputs.device_pipeline, job.run, bar.update)
-    return [*legs, export_leg(job.facts.distill), int8_leg(job.facts.calibrate)]
+    Raises:
+        KdbenchError: see `pipeline.delivery.device_run`.
+    """
+    bundle, limit = job.outputs.bundle, params.time_limit
+    if params.host:
+        remote = RemoteHost(params.host, params.ssh_options, params.remote_python)
+        return run_remote(remote, bundle, params.kdbench_arguments, samples, limit)
+    runtime = CompiledModel.load(job.inputs.compiled_model).runtime
+    return run_local(bundle, params.kdbench_arguments, samples, limit, python_with_runtime(runtime))
 
 
 def gates(params: BenchmarkParams, facts: BenchmarkFacts) -> list[Gate]:
@@ -79,8 +64,6 @@ def gates(params: BenchmarkParams, facts: BenchmarkFacts) -> list[Gate]:
 
     The legs export and int8 are in the table, but their own stages judge them.
     """
-    from pipeline.parity.legs import judge
-
     verdict = facts.verdict
     reasons = "; ".join(verdict.reasons) or "all minima reached"
     legs = [judge(leg, params.limits) for leg in facts.parity if isinstance(leg, PngLeg | YamlLeg)]
@@ -97,10 +80,10 @@ def gates(params: BenchmarkParams, facts: BenchmarkFacts) -> list[Gate]:
 
 def tools(params: BenchmarkParams) -> dict[str, str | None]:
     """What computes and measures here; a runtime on another host is only known by measuring."""
-    found = {"onnxruntime": installed("onnxruntime")}
+    versions = {"onnxruntime": installed("onnxruntime")}
     if params.backend == "voyager" and not params.host:
-        found["axelera-rt"] = find_interpreter().versions.get("axelera-rt")
-    return found
+        versions["axelera-rt"] = find_interpreter().versions.get("axelera-rt")
+    return versions
 
 
 STAGE = Stage(
