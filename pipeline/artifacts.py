@@ -35,18 +35,18 @@ class Artifacts:
     bundle: Path  # folder that runs on its own
     benchmark_report: Path  # folder: report.json and its pages
 
-    def __init__(self, paths: Mapping[str, Path], whose: str) -> None:
-        """Hold paths by name; `whose` is for messages, such as "inputs of distill"."""
+    def __init__(self, paths: Mapping[str, Path], owner: str) -> None:
+        """Hold paths by name; `owner` is for messages, such as "inputs of distill"."""
         vars(self).update(paths)
-        self._whose = whose
+        self._owner = owner
 
     if not TYPE_CHECKING:  # a type checker shall refuse names that are not above
 
         def __getattr__(self, name: str) -> Path:
             if name.startswith("_"):  # what copy and pickle ask for
                 raise AttributeError(name)
-            others = ", ".join(n for n in vars(self) if not n.startswith("_")) or "none"
-            raise LookupError(f"{name} is not among the {self._whose} ({others})")
+            names = ", ".join(name for name in vars(self) if not name.startswith("_")) or "none"
+            raise LookupError(f"{name} is not among the {self._owner} ({names})")
 
     def __getitem__(self, name: str) -> Path:
         """The path of an artifact whose name is a value."""

@@ -517,14 +517,14 @@ class RunFacts:
     compile: CompileFacts
     benchmark: BenchmarkFacts
 
-    def __init__(self, read: Callable[[str], object]) -> None:
-        """`read` gives the facts of a stage, or raises why there are none."""
-        self._read = read
+    def __init__(self, reader: Callable[[str], object]) -> None:
+        """`reader` gives the facts of a stage, or raises why there are none."""
+        self._reader = reader
 
     if not TYPE_CHECKING:  # a type checker shall refuse stages that are not above
 
         def __getattr__(self, stage: str) -> object:
             if stage.startswith("_"):  # what copy and pickle ask for
                 raise AttributeError(stage)
-            facts = vars(self)[stage] = self._read(stage)
+            facts = vars(self)[stage] = self._reader(stage)
             return facts

@@ -65,22 +65,26 @@ def write_device_pipeline(job: Job, params: CompileParams, data: StudentData, sc
 
 def measure_device_constants(job: Job, data: StudentData) -> ConstantsFacts:
     """What the device pipe's three decimals do to mean and std, and to top-1."""
-    given = data.student_input
-    errors = [constant_error(m, s) for m, s in zip(given.mean, given.std, strict=True)]
+    exact_input = data.student_input
+    errors = [constant_error(m, s) for m, s in zip(exact_input.mean, exact_input.std, strict=True)]
     channels = tuple(
-        ChannelFacts(band, *astuple(error)) for band, error in zip(given.bands, errors, strict=True)
+        ChannelFacts(band, *astuple(error))
+        for band, error in zip(exact_input.bands, errors, strict=True)
     )
     worst = [error.worst for error in errors if error.worst is not None]
     if len(worst) < len(errors):  # a std vanishes: there is nothing to run
         return ConstantsFacts(channels, None)
     val = data.val.spread(2000)
-    kept = replace(
-        given,
+    rounded_input = replace(
+        exact_input,
         mean=tuple(e.mean_kept for e in errors),
         std=tuple(e.std_kept for e in errors),
     )
     network = reference_network(job.inputs.student)
-    exact, rounded = (answers(val.images, how, network)[0] for how in (given, kept))
+    exact, rounded = (
+        answers(val.images, student_input, network)[0]
+        for student_input in (exact_input, rounded_input)
+    )
     labels = val.labels
     return ConstantsFacts(
         channels=channels,
@@ -96,12 +100,12 @@ def measure_device_constants(job: Job, data: StudentData) -> ConstantsFacts:
 def _write_images(job: Job, data: StudentData, folder: Path) -> None:
     """Calibration images in calibration order, validation images in class folders, labels."""
     samples = json.loads((job.inputs.calibration_set / "samples.json").read_text())
-    given, train, val = data.student_input, data.train, data.val
-    chosen = np.searchsorted(train.rows, samples["rows"])
+    student_input, train, val = data.student_input, data.train, data.val
+    indices = np.searchsorted(train.rows, samples["rows"])
     write_in_order(
-        (exported_images(train.images[i : i + 1], given)[0] for i in chosen),
+        (exported_images(train.images[i : i + 1], student_input)[0] for i in indices),
         folder / "calibration",
-        len(chosen),
+        len(indices),
     )
     names = class_folders(data.labels)
     for label, name in enumerate(names):  # the SDK's reader takes positions for class indices
@@ -113,7 +117,7 @@ def _write_images(job: Job, data: StudentData, folder: Path) -> None:
             )
     with job.progress("images val", len(val.labels)) as bar:
         for i, (label, row) in enumerate(zip(val.labels, val.rows, strict=True)):
-            image = exported_images(val.images[i : i + 1], given)[0]
+            image = exported_images(val.images[i : i + 1], student_input)[0]
             write_png(image, folder / "val" / names[label] / f"row{row}.png")
             bar.update(1)
     shutil.copyfile(job.inputs.labels, folder / "labels.txt")

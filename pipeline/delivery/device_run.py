@@ -103,7 +103,7 @@ def run_remote(
     folder = _ssh(remote, "mktemp -d").decode().strip()
     try:
         _copy(remote, bundle, folder)
-        command = _ssh_command(remote, _guarded(remote, arguments, folder))
+        command = _ssh_command(remote, _guarded_command(remote, arguments, folder))
         status, out, err = _run(command, bundle, time_limit_s)
         if status == _NO_PROGRAM:
             raise KdbenchError(
@@ -118,7 +118,7 @@ def run_remote(
         _clean(remote, folder)
 
 
-def _guarded(remote: RemoteHost, arguments: Sequence[str], folder: str) -> str:
+def _guarded_command(remote: RemoteHost, arguments: Sequence[str], folder: str) -> str:
     """A line of shell that runs kdbench there, and ends it when the connection goes away.
 
     sshd does not end what it started when ssh is killed; but standard input ends then.
@@ -223,8 +223,8 @@ def _run(command: Sequence[str], folder: Path, time_limit_s: float) -> tuple[int
 
 def _last_line(program: str, status: int, out: str, err: str) -> str:
     if status not in RESULTS:
-        own = status if 0 < status < 7 else 1
-        raise KdbenchError(f"{program} ended with {status}: {_last_words(err)}", own)
+        exit_status = status if 0 < status < 7 else 1
+        raise KdbenchError(f"{program} ended with {status}: {_last_words(err)}", exit_status)
     return out.rstrip().rpartition("\n")[2]
 
 

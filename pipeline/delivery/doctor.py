@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from metis.backend import BACKENDS, open_backend
 from metis.voyager.process import find_interpreter, python_with_runtime
 from pipeline.delivery.device_run import deploy_folder
 from pipeline.run.environment import DISTRIBUTIONS, describe_environment, installed
+
+
+class _Link(msgspec.Struct):
+    """PCIe, negotiated and possible; null with the reason where it can't be read."""
+
+    width: int | None
+    max_width: int | None
+    speed: str | None
+    reason: str
+
+
+class _Heat(msgspec.Struct):
+    """Null with the reason where it can't be read."""
+
+    temperature_c: float | None
+    power_w: float | None
+    reason: str
+
+
+class _Device(msgspec.Struct):
+    """A device as deploy/kdbench_machine.py lists it."""
+
+    name: str
+    board: str | None
+    firmware: str | None
+    driver: str | None
+    link: _Link
+    heat: _Heat
 
 
 def examine_machine() -> dict[str, dict[str, Any]]:
@@ -40,11 +69,11 @@ def _probe(name: str) -> str:
 
 def _sdk() -> dict[str, str]:
     """Where the SDK was looked for, and whether its compiler will find its helper program."""
-    found = find_interpreter()
-    helper = "found" if found.axkernelcc else "not found; compiling needs it"
+    interpreter = find_interpreter()
+    helper = "found" if interpreter.axkernelcc else "not found; compiling needs it"
     return {
-        "interpreter": found.python,
-        "axkernelcc": helper if found.versions else "not looked for",
+        "interpreter": interpreter.python,
+        "axkernelcc": helper if interpreter.versions else "not looked for",
     }
 
 
@@ -65,44 +94,49 @@ def _emulator() -> dict[str, str]:
 def _devices() -> dict[str, str]:
     """Metis device nodes, whose names SDK 1.8 writes with hyphens; and what the runtime lists."""
     nodes = sorted(Path("/dev").glob("metis*"))
-    found = {
+    states = {
         f"/dev/{node.name}": "readable" if os.access(node, os.R_OK | os.W_OK) else "no permission"
         for node in nodes
     }
     missing = {"metis": "none found (no /dev/metis*: no card, or its driver is not loaded)"}
-    return {**(found or missing), **_listed()}
+    return {**(states or missing), **_list_devices()}
 
 
-def _listed() -> dict[str, str]:
+def _list_devices() -> dict[str, str]:
     """Firmware, driver, link and heat of every device, from the interpreter with the runtime."""
     if "axelera-rt" not in find_interpreter().versions:
         return {"axelera.runtime": "not installed, so firmware, driver and link are not read"}
     command = [python_with_runtime("axelera"), "-B", str(deploy_folder() / "kdbench_machine.py")]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        listed = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        devices = _parse_devices(result.stdout) if result.returncode == 0 else None
+    except (OSError, subprocess.SubprocessError, msgspec.MsgspecError, IndexError) as error:
         return {"axelera.runtime": f"does not answer: {error}"}
-    if listed is None:
+    if devices is None:
         words = [line for line in result.stderr.splitlines() if line.strip()]
         return {"axelera.runtime": f"lists no device: {words[-1] if words else 'it said nothing'}"}
-    if not listed:
+    if not devices:
         return {"axelera.runtime": "lists no device"}
-    return {device["name"]: _described(device) for device in listed}
+    return {device.name: _device_line(device) for device in devices}
 
 
-def _described(device: dict[str, Any]) -> str:
+def _parse_devices(stdout: str) -> list[_Device]:
+    """The last line of kdbench_machine.py."""
+    return msgspec.json.decode(stdout.splitlines()[-1], type=list[_Device])
+
+
+def _device_line(device: _Device) -> str:
     """One line; what can't be read is null, with the reason."""
-    link, heat = device["link"], device["heat"]
-    width = f"PCIe x{link['width']} of x{link['max_width']} at {link['speed']}"
-    degrees, watts = heat["temperature_c"], heat["power_w"]
+    link, heat = device.link, device.heat
+    width = f"PCIe x{link.width} of x{link.max_width} at {link.speed}"
+    degrees, watts = heat.temperature_c, heat.power_w
     return ", ".join(
         [
-            f"board {device['board']}",
-            f"firmware {device['firmware']}",
-            f"driver {device['driver'] or 'null (axversion --driver does not tell)'}",
-            width if link["width"] is not None else f"link null ({link['reason']})",
-            f"{degrees:g} C" if degrees is not None else f"temperature null ({heat['reason']})",
-            f"{watts:g} W" if watts is not None else f"power null ({heat['reason']})",
+            f"board {device.board}",
+            f"firmware {device.firmware}",
+            f"driver {device.driver or 'null (axversion --driver does not tell)'}",
+            width if link.width is not None else f"link null ({link.reason})",
+            f"{degrees:g} C" if degrees is not None else f"temperature null ({heat.reason})",
+            f"{watts:g} W" if watts is not None else f"power null ({heat.reason})",
         ]
     )

@@ -90,65 +90,67 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
         StageError: a format does not repeat the ONNX student, or its writer gives up.
     """
     wanted = {name: FORMATS[name] for name in formats}
-    for how in wanted.values():
-        require_extra(*how.needs)
+    for format in wanted.values():
+        require_extra(*format.needs)
     paths = state.paths
     data = StudentData(paths)
-    given, val = data.student_input, data.val
+    student_input, val = data.student_input, data.val
     params = state.config.params["distill"]
     weights = paths.training / "student.safetensors"
     source = _Source(
         paths.student,
         partial(load_trained_student, params, weights, data),
-        (1, len(given.bands), *given.size_hw),
+        (1, len(student_input.bands), *student_input.size_hw),
     )
     limit = state.config.params["benchmark"].limits.max_export_difference
     with new_folder(dest) as folder:
         for name in ("contract", "student_input", "labels"):
             shutil.copyfile(paths[name], folder / paths[name].name)
         exported = []
-        for name, how in wanted.items():
-            file = folder / how.file
+        for name, format in wanted.items():
+            file = folder / format.file
             try:
-                how.write(source, file)
-                exact, found = answers(
-                    val.images, given, reference_network(paths.student), how.open(file)
+                format.write(source, file)
+                exact, logits = answers(
+                    val.images, student_input, reference_network(paths.student), format.open(file)
                 )
             except Exception as error:  # each writer and reader has exceptions of its own
                 words = (str(error) or type(error).__name__).strip().splitlines()[0]
-                raise StageError(f"{name}: {how.tool} gives up on the student: {words}") from error
-            exported.append(_compared(name, file, how, exact, found, val.labels))
-            if how.exact:
-                _demand_equal(exported[-1], exact, found, limit)
+                raise StageError(
+                    f"{name}: {format.tool} gives up on the student: {words}"
+                ) from error
+            exported.append(_compare(name, file, format, exact, logits, val.labels))
+            if format.exact:
+                _demand_equal(exported[-1], exact, logits, limit)
         (folder / "export.json").write_text(_document(source, exported))
     return exported
 
 
-def _compared(
+def _compare(
     name: str,
     file: Path,
-    how: Format,
+    format: Format,
     exact: NDArray[np.float32],
-    found: NDArray[np.float32],
+    logits: NDArray[np.float32],
     labels: NDArray[np.int64],
 ) -> Exported:
     return Exported(
         format=name,
-        file=how.file,
+        file=format.file,
         bytes=file.stat().st_size,
-        made_by=f"{how.tool} {version(how.tool)}",
-        max_abs_logit_difference=float(np.abs(exact - found).max()),
-        top1_agreement=agreement(exact, found),
-        top1_val=top1(found, labels),
+        made_by=f"{format.tool} {version(format.tool)}",
+        max_abs_logit_difference=float(np.abs(exact - logits).max()),
+        top1_agreement=agreement(exact, logits),
+        top1_val=top1(logits, labels),
         n_val=len(labels),
     )
 
 
 def _demand_equal(
-    exported: Exported, exact: NDArray[np.float32], found: NDArray[np.float32], limit: float
+    exported: Exported, exact: NDArray[np.float32], logits: NDArray[np.float32], limit: float
 ) -> None:
     difference = exported.max_abs_logit_difference
-    if difference > limit or undisputed_agreement(exact, found, difference) < 1:
+    if difference > limit or undisputed_agreement(exact, logits, difference) < 1:
         raise StageError(
             f"{exported.format}: logits differ from the ONNX student by up to {difference:.2g}; "
             f"benchmark.max_export_difference is {limit:g}, so nothing was written"
@@ -225,15 +227,15 @@ def _open_tflite(file: Path) -> Network:
 
     interpreter: Any = Interpreter(model_path=str(file))
     interpreter.allocate_tensors()
-    into = interpreter.get_input_details()[0]["index"]
-    out = interpreter.get_output_details()[0]["index"]
+    source = interpreter.get_input_details()[0]["index"]
+    target = interpreter.get_output_details()[0]["index"]
 
     def logits(tensors: NDArray[np.float32]) -> NDArray[np.float32]:
         rows = []
         for tensor in tensors:
-            interpreter.set_tensor(into, tensor[None])
+            interpreter.set_tensor(source, tensor[None])
             interpreter.invoke()
-            rows.append(interpreter.get_tensor(out).copy())
+            rows.append(interpreter.get_tensor(target).copy())
         return np.concatenate(rows)
 
     return logits

@@ -52,8 +52,8 @@ def image_legs(
     source = "training tensor of the student"
     by_package = "tensor from the exported PNG, by preprocessing/ alone"
     by_pipeline = "tensor from the exported PNG, by doing what the YAML says"
-    given = data.student_input
-    if obstacle := yaml_obstacle(given):
+    student_input = data.student_input
+    if obstacle := yaml_obstacle(student_input):
         none = ImageValues()
         return [
             PngLeg(source, by_package, 0, none, obstacle),
@@ -61,14 +61,14 @@ def image_legs(
         ]
     folder = device_pipeline / f"{run}-images" / "val"
     val = data.val.spread(SAMPLES)
-    promised, fields = _by_contract(given, data.contract)
-    pipeline, yaml_fields = _read_pipeline(device_pipeline / f"{run}.yaml", given)
+    promised, fields = _by_contract(student_input, data.contract)
+    pipeline, yaml_fields = _read_pipeline(device_pipeline / f"{run}.yaml", student_input)
     by_png = _Found(fields)
     by_yaml = _Found(yaml_fields, None if pipeline is None else 0.0)
-    read_back = student_tensor if given.device_resize else normalized
+    read_back = student_tensor if student_input.device_resize else normalized
     for part, trained in data.blocks(val, _BLOCK):
         try:
-            images = _exported(folder, class_folders(data.labels), val, part, given)
+            images = _read_images(folder, class_folders(data.labels), val, part, student_input)
         except _ImageError as error:
             by_png.give_up(str(error))
             by_yaml.give_up(str(error))
@@ -82,8 +82,8 @@ def image_legs(
                 by_yaml.give_up(str(error))
         progress(len(trained))
     # Where nothing is resized bilinear there is nothing that two implementations could round apart.
-    bilinear = given.device_resize and given.interpolation == "bilinear"
-    grey_level = 1 / min(given.std) if bilinear else 0.0
+    bilinear = student_input.device_resize and student_input.interpolation == "bilinear"
+    grey_level = 1 / min(student_input.std) if bilinear else 0.0
     n = len(val)
     return [
         PngLeg(source, by_package, n, by_png.values(grey_level)),
@@ -122,41 +122,45 @@ class _Found:
         return ImageValues(self.difference, tuple(self.fields), grey_level)
 
 
-def _by_contract(given: StudentInput, contract: Contract) -> tuple[StudentInput, list[str]]:
+def _by_contract(student_input: StudentInput, contract: Contract) -> tuple[StudentInput, list[str]]:
     """The student's input with its z-score folded anew, and where that is not what it says."""
-    entries = contract.zscore.get(given.modality, contract.zscore.get(""))
-    bands_in_data = len(entries.mu) if entries else max(given.bands) + 1
-    zscore = contract.statistics(given.modality, given.bands, bands_in_data)
-    ranges = list(zip(given.grey_lo, given.grey_hi, strict=True))
-    if given.encoding == "contract":
-        ranges = [contract.scaling_of(given.modality).dst_range] * len(given.bands)
+    entries = contract.zscore.get(student_input.modality, contract.zscore.get(""))
+    bands_in_data = len(entries.mu) if entries else max(student_input.bands) + 1
+    zscore = contract.statistics(student_input.modality, student_input.bands, bands_in_data)
+    ranges = list(zip(student_input.grey_lo, student_input.grey_hi, strict=True))
+    if student_input.encoding == "contract":
+        ranges = [contract.scaling_of(student_input.modality).dst_range] * len(student_input.bands)
+    bands = ", ".join(map(str, student_input.bands))
+    channels = f"bands {bands} of {student_input.modality}"
     folded: dict[str, Any] = {**linear_encoding(ranges, zscore)}
     wrong = [
-        f"student_input.json: {key} is {_shown(getattr(given, key))}, preprocessing.json gives "
-        f"{_shown(values)} for bands {', '.join(map(str, given.bands))} of {given.modality}"
+        f"student_input.json: {key} is {_format_values(getattr(student_input, key))}, "
+        f"preprocessing.json gives {_format_values(values)} for {channels}"
         for key, values in folded.items()
-        if getattr(given, key) != values
+        if getattr(student_input, key) != values
     ]
-    return replace(given, **folded), wrong
+    return replace(student_input, **folded), wrong
 
 
-def _shown(values: tuple[float, ...]) -> str:
+def _format_values(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.7g}" for value in values)
 
 
-def _read_pipeline(path: Path, given: StudentInput) -> tuple[Pipeline | None, list[str]]:
+def _read_pipeline(path: Path, student_input: StudentInput) -> tuple[Pipeline | None, list[str]]:
     try:
         pipeline = Pipeline(path.read_text())
     except (OSError, UnicodeDecodeError, PipelineError) as error:
         return None, [f"{path.name}: {error}"]
-    return pipeline, [f"{path.name}: {words}" for words in pipeline_differences(pipeline, given)]
+    return pipeline, [
+        f"{path.name}: {words}" for words in pipeline_differences(pipeline, student_input)
+    ]
 
 
-def _exported(
-    folder: Path, classes: list[str], val: DatasetSplit, part: slice, given: StudentInput
+def _read_images(
+    folder: Path, classes: list[str], val: DatasetSplit, part: slice, student_input: StudentInput
 ) -> NDArray[np.uint8]:
-    height, width = given.patch_hw if given.device_resize else given.size_hw
-    images = np.empty((len(val.labels[part]), height, width, len(given.bands)), np.uint8)
+    height, width = student_input.patch_hw if student_input.device_resize else student_input.size_hw
+    images = np.empty((len(val.labels[part]), height, width, len(student_input.bands)), np.uint8)
     for i, (label, row) in enumerate(zip(val.labels[part], val.rows[part], strict=True)):
         path = folder / classes[label] / f"row{row}.png"
         name = path.relative_to(folder.parent).as_posix()

@@ -11,13 +11,13 @@ from pipeline.parity.legs import judge
 from pipeline.reports.pages import write_report
 from pipeline.reports.report import (
     SCHEMA,
+    AccuracyRow,
     BenchmarkReport,
     DataSummary,
     DeviceSummary,
-    Figure,
     Int8Summary,
     LegRow,
-    Row,
+    Quantity,
     StudentSummary,
 )
 from pipeline.tasks.metrics import proportion_interval
@@ -104,14 +104,14 @@ def _leg_row(row: JudgedLeg) -> LegRow:
     return LegRow(leg.source, leg.target, leg.n, row.message, row.limit, row.passed)
 
 
-def _accuracy(job: Job, measurement: Measurement) -> Iterator[Row]:
+def _accuracy(job: Job, measurement: Measurement) -> Iterator[AccuracyRow]:
     """Teachers, float student, int8 on the host, int8 where it was measured."""
     teachers, student = job.facts.ingest.teachers, job.facts.distill.student
     int8, test = job.facts.calibrate, measurement.top1_test
 
-    def row(name: str, value: float, on: MeasuredOn, n: int, split: str) -> Row:
-        figure = Figure(value, "fraction", on, n, f"{split} split")
-        return Row(name, figure, proportion_interval(value, n))
+    def row(name: str, value: float, measured_on: MeasuredOn, n: int, split: str) -> AccuracyRow:
+        figure = Quantity(value, "fraction", measured_on, n, f"{split} split")
+        return AccuracyRow(name, figure, proportion_interval(value, n))
 
     n_val = teachers.n_val
     for member in teachers.members:
@@ -119,9 +119,9 @@ def _accuracy(job: Job, measurement: Measurement) -> Iterator[Row]:
     yield row("teacher ensemble", teachers.top1_val, "host-float", n_val, "validation")
     yield row(f"{student} float", int8.top1_val_float, "host-float", n_val, "validation")
     yield row(f"{student} int8", int8.top1_val_int8, int8.measured_on, n_val, "validation")
-    if beside := int8.emulator:
-        value = beside.top1_val_int8
-        yield row(f"{student} int8, emulator", value, beside.measured_on, n_val, "validation")
+    if emulator := int8.emulator:
+        value = emulator.top1_val_int8
+        yield row(f"{student} int8, emulator", value, emulator.measured_on, n_val, "validation")
     yield row(f"{student} float", _float_top1(job), "host-float", test.n, "test")
     yield row(f"{student} int8", test.value, measurement.measured_on, test.n, "test")
 

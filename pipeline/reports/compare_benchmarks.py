@@ -35,7 +35,7 @@ class IncomparableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Measured:
+class LoadedReport:
     """A report, and the raw times beside it."""
 
     name: str
@@ -70,7 +70,7 @@ class Ratio:
         return f"the second is {'higher' if self.low > 1.0 else 'lower'}"
 
 
-def load_measured(path: Path) -> Measured:
+def load_report(path: Path) -> LoadedReport:
     """A report.json, with samples.npz beside it.
 
     Raises:
@@ -83,10 +83,10 @@ def load_measured(path: Path) -> Measured:
             samples = {**archive}
     except (OSError, ReportError, ValueError) as error:
         raise InputError(f"{path} can't be compared: {error}") from error
-    return Measured(str(path), report, data, samples)
+    return LoadedReport(str(path), report, data, samples)
 
 
-def compare_reports(first: Measured, second: Measured) -> list[Ratio]:
+def compare_reports(first: LoadedReport, second: LoadedReport) -> list[Ratio]:
     """Latencies and throughput of the second report against the first.
 
     Raises:
@@ -100,22 +100,22 @@ def compare_reports(first: Measured, second: Measured) -> list[Ratio]:
     return list(_ratios(first, second))
 
 
-def differences(first: Measured, second: Measured) -> Iterator[str]:
+def differences(first: LoadedReport, second: LoadedReport) -> Iterator[str]:
     """Every reason not to compare, in words with both values."""
-    a, b = first.report.measurement, second.report.measurement
+    base, candidate = first.report.measurement, second.report.measurement
     fields = {
-        "measured_on": (a.measured_on, b.measured_on),
-        "scenario": (a.rules.scenario, b.rules.scenario),
+        "measured_on": (base.measured_on, candidate.measured_on),
+        "scenario": (base.rules.scenario, candidate.rules.scenario),
         "scopes": (_scopes(first), _scopes(second)),
-        "contract": (a.contract, b.contract),
-        "dataset (test split)": (a.test_set, b.test_set),
-        "AIPU cores": (a.aipu_cores, b.aipu_cores),
-        "batch": (a.batch, b.batch),
-        "instances": (a.instances, b.instances),
+        "contract": (base.contract, candidate.contract),
+        "dataset (test split)": (base.test_set, candidate.test_set),
+        "AIPU cores": (base.aipu_cores, candidate.aipu_cores),
+        "batch": (base.batch, candidate.batch),
+        "instances": (base.instances, candidate.instances),
     }
-    for name, (one, other) in fields.items():
-        if one != other:
-            yield f"{name}: {one} against {other}"
+    for name, (old, new) in fields.items():
+        if old != new:
+            yield f"{name}: {old} against {new}"
     # A report with itself is the control, whatever its verdict.
     for measured in (first, second) if first.data != second.data else ():
         verdict = measured.report.measurement.verdict
@@ -123,37 +123,39 @@ def differences(first: Measured, second: Measured) -> Iterator[str]:
             yield f"verdict of {measured.name}: {verdict.word} ({'; '.join(verdict.reasons)})"
 
 
-def _scopes(measured: Measured) -> str:
-    found = measured.report.measurement
-    scopes = [row.scope for row in found.latency] + [row.scope for row in found.throughput_modes]
+def _scopes(loaded: LoadedReport) -> str:
+    measurement = loaded.report.measurement
+    scopes = [row.scope for row in measurement.latency] + [
+        row.scope for row in measurement.throughput_modes
+    ]
     return ", ".join(scopes)
 
 
-def remarks(first: Measured, second: Measured) -> Iterator[str]:
+def remarks(first: LoadedReport, second: LoadedReport) -> Iterator[str]:
     """What does not forbid a comparison, but may explain it."""
-    a, b = first.report.measurement, second.report.measurement
-    devices = [m.device or {} for m in (a, b)]
+    base, candidate = first.report.measurement, second.report.measurement
+    devices = [m.device or {} for m in (base, candidate)]
     fields = {
-        "model": (a.model, b.model),
-        "compiled by": (a.compiled_by, b.compiled_by),
-        "runtime": (a.runtime_version, b.runtime_version),
-        "driver": (a.driver, b.driver),
+        "model": (base.model, candidate.model),
+        "compiled by": (base.compiled_by, candidate.compiled_by),
+        "runtime": (base.runtime_version, candidate.runtime_version),
+        "driver": (base.driver, candidate.driver),
         "firmware": tuple(d.get("firmware_version") for d in devices),
         "board controller": tuple(d.get("board_controller_firmware_version") for d in devices),
         "device": tuple(d.get("name") for d in devices),
-        "clocks": (a.heat_before.clocks, b.heat_before.clocks),
-        "PCIe width": (a.link.width, b.link.width),
-        "PCIe speed": (a.link.speed, b.link.speed),
-        "processor": (a.host.get("cpu"), b.host.get("cpu")),
-        "governor": (a.host.get("governor"), b.host.get("governor")),
+        "clocks": (base.heat_before.clocks, candidate.heat_before.clocks),
+        "PCIe width": (base.link.width, candidate.link.width),
+        "PCIe speed": (base.link.speed, candidate.link.speed),
+        "processor": (base.host.get("cpu"), candidate.host.get("cpu")),
+        "governor": (base.host.get("governor"), candidate.host.get("governor")),
     }
-    for name, (one, other) in fields.items():
-        if one != other:
-            yield f"{name}: {one} against {other}"
-    starts = [m.heat_before.temperature_c for m in (a, b)]
+    for name, (old, new) in fields.items():
+        if old != new:
+            yield f"{name}: {old} against {new}"
+    starts = [m.heat_before.temperature_c for m in (base, candidate)]
     if None not in starts and abs(starts[0] - starts[1]) > START_DEGREES:  # type: ignore[operator]
         yield f"start temperature: {starts[0]} C against {starts[1]} C"
-    for name, measured in dict(((first.name, a), (second.name, b))).items():
+    for name, measured in dict(((first.name, base), (second.name, candidate))).items():
         if measured.stability.spread_p90 is None and measured.stability.spread_throughput is None:
             yield (
                 f"{name} has fewer than 3 repeats, so what a restart changes is in no interval; "
@@ -161,34 +163,36 @@ def remarks(first: Measured, second: Measured) -> Iterator[str]:
             )
 
 
-def _spread(name: str, first: Measured, second: Measured) -> float | None:
+def _spread(name: str, first: LoadedReport, second: LoadedReport) -> float | None:
     """How far apart repeats of the same lie, in the report where it is further."""
-    found = [getattr(m.report.measurement.stability, name) for m in (first, second)]
-    return max((value for value in found if value is not None), default=None)
+    spreads = [getattr(m.report.measurement.stability, name) for m in (first, second)]
+    return max((value for value in spreads if value is not None), default=None)
 
 
-def _ratios(first: Measured, second: Measured) -> Iterator[Ratio]:
-    one, other = first.report.measurement, second.report.measurement
+def _ratios(first: LoadedReport, second: LoadedReport) -> Iterator[Ratio]:
+    base, candidate = first.report.measurement, second.report.measurement
     series = [_series(m.samples) for m in (first, second)]
-    for a, b in zip(one.latency, other.latency, strict=True):
+    for base_row, new_row in zip(base.latency, candidate.latency, strict=True):
         for name, quantile in (("p50", 0.5), ("p90", 0.9)):
-            values = getattr(a, name), getattr(b, name)
+            values = getattr(base_row, name), getattr(new_row, name)
             if None in values:
                 continue
             draws = [
-                _resampled(some[a.scope], partial(_quantile, quantile=quantile), seed)
-                for seed, some in enumerate(series)
+                _resample(by_scope[base_row.scope], partial(_quantile, quantile=quantile), seed)
+                for seed, by_scope in enumerate(series)
             ]
             spread = _spread("spread_p90", first, second)
-            yield _ratio(f"{a.scope}, {name}", "ms", a.measured_on, values, draws, spread)
-    for a_rate, b_rate in zip(one.throughput_modes, other.throughput_modes, strict=True):
+            yield _ratio(
+                f"{base_row.scope}, {name}", "ms", base_row.measured_on, values, draws, spread
+            )
+    for base_rate, new_rate in zip(base.throughput_modes, candidate.throughput_modes, strict=True):
         draws = [
-            _resampled(_gaps(m.samples, a_rate.scope), lambda part: 1 / float(part.mean()), seed)
+            _resample(_gaps(m.samples, base_rate.scope), lambda part: 1 / float(part.mean()), seed)
             for seed, m in enumerate((first, second))
         ]
-        values = a_rate.value, b_rate.value
+        values = base_rate.value, new_rate.value
         spread = _spread("spread_throughput", first, second)
-        yield _ratio(a_rate.scope, a_rate.unit, a_rate.measured_on, values, draws, spread)
+        yield _ratio(base_rate.scope, base_rate.unit, base_rate.measured_on, values, draws, spread)
 
 
 def _quantile(values: NDArray[np.float64], quantile: float) -> float:
@@ -196,24 +200,29 @@ def _quantile(values: NDArray[np.float64], quantile: float) -> float:
 
 
 def _ratio(
-    what: str,
+    label: str,
     unit: str,
-    on: str,
+    measured_on: str,
     values: tuple[float, float],
     draws: list[NDArray[np.float64]],
     spread: float | None,
 ) -> Ratio:
     low, high = np.quantile(draws[1] / draws[0], (0.025, 0.975))
-    return Ratio(what, unit, on, *values, float(low), float(high), spread)
+    return Ratio(label, unit, measured_on, *values, float(low), float(high), spread)
 
 
 def _series(samples: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
     """Latencies in time's order, by scope."""
     if "all_ns" not in samples:
         return {}
-    run, whole = samples["run_ns"].astype(float), samples["all_ns"].astype(float)
+    runtime_call, tensor_to_logits = (
+        samples["run_ns"].astype(float),
+        samples["all_ns"].astype(float),
+    )
     scopes = ("runtime call", "tensor to logits", "around the runtime call")
-    return dict(zip(scopes, (run, whole, whole - run), strict=True))
+    return dict(
+        zip(scopes, (runtime_call, tensor_to_logits, tensor_to_logits - runtime_call), strict=True)
+    )
 
 
 def _gaps(samples: dict[str, NDArray[Any]], scope: str) -> NDArray[np.float64]:
@@ -223,7 +232,7 @@ def _gaps(samples: dict[str, NDArray[Any]], scope: str) -> NDArray[np.float64]:
     return np.concatenate([np.diff(samples[name], prepend=0) for name in names]).astype(float)
 
 
-def _resampled(
+def _resample(
     values: NDArray[np.float64],
     statistic: Callable[[NDArray[np.float64]], float],
     seed: int,
@@ -240,8 +249,8 @@ def _resampled(
     blocks = blocks[:, :: max(1, length // 400)]
     results = np.empty(RESAMPLES)
     for draw in range(RESAMPLES):
-        chosen = blocks[random.integers(0, len(blocks), len(blocks))]
-        results[draw] = statistic(chosen.reshape(-1))
+        resample = blocks[random.integers(0, len(blocks), len(blocks))]
+        results[draw] = statistic(resample.reshape(-1))
     return results
 
 
@@ -252,11 +261,13 @@ def compare_files(first: Path, second: Path) -> Iterator[str]:
         InputError: one of them, or samples.npz beside it, is missing or not what it should be.
         IncomparableError: they measured different things, or one may not be compared at all.
     """
-    one, other = load_measured(first), load_measured(second)
-    yield from comparison_lines(one, other, compare_reports(one, other))
+    base, candidate = load_report(first), load_report(second)
+    yield from comparison_lines(base, candidate, compare_reports(base, candidate))
 
 
-def comparison_lines(first: Measured, second: Measured, ratios: list[Ratio]) -> Iterator[str]:
+def comparison_lines(
+    first: LoadedReport, second: LoadedReport, ratios: list[Ratio]
+) -> Iterator[str]:
     """The comparison for a terminal."""
     for row in ratios:
         yield (

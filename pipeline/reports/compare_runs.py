@@ -25,7 +25,12 @@ from metis.operators.report import count_macs
 from pipeline.data.dataset import StudentData
 from pipeline.facts import CalibrateFacts, DistillFacts
 from pipeline.networks.inference import answers, reference_network
-from pipeline.reports.confusion import confusion, first_decisions, write_confusions, write_decisions
+from pipeline.reports.confusion import (
+    count_confusion,
+    first_decisions,
+    write_confusions,
+    write_decisions,
+)
 from pipeline.run.errors import InputError, nearest
 from pipeline.run.manifest import load_manifest
 from pipeline.tasks.metrics import balanced_accuracy, expected_calibration_error, macro_f1, top1
@@ -90,7 +95,7 @@ def compare_runs(names: Iterable[str], root: Path, folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class NetworkRow:
     """One network of one run; a value that is not known is None."""
 
     group: str  # runs that differ in their seed alone have the same
@@ -103,7 +108,7 @@ class Row:
     first: tuple[Decision, ...]  # of the split's first patches
 
 
-def read_run(folder: Path, root: Path) -> list[Row]:
+def read_run(folder: Path, root: Path) -> list[NetworkRow]:
     """Every network of a run, measured on its validation split by onnxruntime on this host.
 
     Args:
@@ -118,34 +123,36 @@ def read_run(folder: Path, root: Path) -> list[Row]:
         raise InputError(f"run {folder.name} has no student; `kdpipe run --to distill` makes one")
     paths = manifest.paths(folder)
     data = StudentData(paths)
-    val, given = data.val, data.student_input
+    val, student_input = data.val, data.student_input
     seed = manifest.stages["distill"].seed
     labels = np.asarray(val.labels)
     classes = data.labels
 
     def row(
         group: str, name: str, logits: NDArray[np.float32], values: dict[str, float | None]
-    ) -> Row:
+    ) -> NetworkRow:
         scores = {**_scores(logits, labels), **values}
-        counts = confusion(logits, labels, classes)
+        counts = count_confusion(logits, labels, classes)
         first = first_decisions(logits, labels, val.rows, classes)
-        return Row(group, name, folder.name, seed, len(labels), scores, counts, first)
+        return NetworkRow(group, name, folder.name, seed, len(labels), scores, counts, first)
 
-    given_to = _group(manifest, "ingest")
-    rows = [row(given_to, *teacher) for teacher in _teachers(manifest, paths, data.contract, root)]
+    ingest_group = _group(manifest, "ingest")
+    rows = [
+        row(ingest_group, *teacher) for teacher in _teachers(manifest, paths, data.contract, root)
+    ]
     group = _group(manifest, "ingest", "distill")
     facts = manifest.facts("distill", DistillFacts)
     student = facts.student
     int8 = _int8(manifest, paths)
-    shape = (len(given.bands), *given.size_hw)
-    (logits,) = answers(val.images, given, reference_network(paths.student))
+    shape = (len(student_input.bands), *student_input.size_hw)
+    (logits,) = answers(val.images, student_input, reference_network(paths.student))
     rows.append(
         row(group, f"{student}, distilled", logits, {**_network(paths.student, shape), **int8})
     )
     for baseline in facts.baselines:
         path = paths.training / f"{baseline}.onnx"
         words = baseline.replace("_", " ").replace("no teacher", "without teacher")
-        (logits,) = answers(val.images, given, reference_network(path))
+        (logits,) = answers(val.images, student_input, reference_network(path))
         rows.append(row(group, f"{student}, {words}", logits, _network(path, shape)))
     return rows
 
@@ -181,18 +188,18 @@ def _teachers(
         file = files.get(member.params.path or "")
         costs.append(_costs(file, member, contract) if file and file.exists() else {})
         yield f"teacher {member.name}", logits, costs[-1]
-    together: dict[str, float | None] = {}
+    totals: dict[str, float | None] = {}
     for name in ("parameters", "macs", "latency_ms", "onnx_bytes"):
         values = [cost.get(name) for cost in costs]
-        known_values = [value for value in values if value is not None]
-        together[name] = sum(known_values) if len(known_values) == len(values) else None
+        numbers = [value for value in values if value is not None]
+        totals[name] = sum(numbers) if len(numbers) == len(values) else None
     logits = combine(
         list(members),
         [m.params.weight for m in ensemble.members],
         ensemble.rule,
         [m.temperature for m in ensemble.members],
     )
-    yield "teacher ensemble", logits, together
+    yield "teacher ensemble", logits, totals
 
 
 def _costs(path: Path, member: Member, contract: Contract) -> dict[str, float | None]:
@@ -208,8 +215,8 @@ def _costs(path: Path, member: Member, contract: Contract) -> dict[str, float | 
     with TemporaryDirectory() as folder:
         graph = Path(folder) / "teacher.onnx"
         parameters = write_onnx(path, member.params, contract, graph)
-        found = _network(graph, (len(member.params.bands), *contract.size_hw))
-    return {**found, "parameters": float(parameters), "onnx_bytes": None}
+        costs = _network(graph, (len(member.params.bands), *contract.size_hw))
+    return {**costs, "parameters": float(parameters), "onnx_bytes": None}
 
 
 def _network(path: Path, shape: tuple[int, ...]) -> dict[str, float | None]:
@@ -225,7 +232,7 @@ def _network(path: Path, shape: tuple[int, ...]) -> dict[str, float | None]:
     model = onnx.load(path)
     source = graph_inputs(model)[0].type.tensor_type
     dims = [dim.dim_value for dim in source.shape.dim]
-    fixed = tuple(dim or other for dim, other in zip(dims, (1, *shape), strict=True))
+    fixed = tuple(dim or default for dim, default in zip(dims, (1, *shape), strict=True))
     for dim, value in zip(source.shape.dim, fixed, strict=True):
         dim.dim_value = value
     for output in model.graph.output:
@@ -284,27 +291,29 @@ class Summary:
     first: tuple[tuple[int, tuple[Decision, ...]], ...]  # per run: its seed, its first decisions
 
 
-def summarize(rows: Iterable[Row]) -> list[Summary]:
+def summarize(rows: Iterable[NetworkRow]) -> list[Summary]:
     """Rows of several runs; those of one group and name become mean and standard deviation."""
-    grouped: dict[tuple[str, str], list[Row]] = {}
+    grouped: dict[tuple[str, str], list[NetworkRow]] = {}
     for row in rows:
         grouped.setdefault((row.group, row.name), []).append(row)
     times = Counter(name for _, name in grouped)
     summaries = []
-    for (_, name), every in grouped.items():
-        of = tuple(row.run for row in every)
-        same = list({row.seed: row for row in every}.values())  # one seed says the same twice
-        shown = name if times[name] == 1 else f"{name} [{', '.join(of)}]"
+    for (_, name), members in grouped.items():
+        runs = tuple(row.run for row in members)
+        distinct = list({row.seed: row for row in members}.values())  # one seed says the same twice
+        label = name if times[name] == 1 else f"{name} [{', '.join(runs)}]"
         mean: dict[str, float | None] = {}
         sd: dict[str, float | None] = {}
         for column in COLUMNS:
-            values = [row.values.get(column) for row in same]
-            known = [value for value in values if value is not None]
-            mean[column] = statistics.mean(known) if len(known) == len(values) else None
-            sd[column] = statistics.stdev(known) if len(known) == len(values) > 1 else None
-        together = reduce(add, (row.confusion for row in same))
-        first = tuple((row.seed, row.first) for row in same)
-        summaries.append(Summary(shown, len(same), of, same[0].n, mean, sd, together, first))
+            values = [row.values.get(column) for row in distinct]
+            numbers = [value for value in values if value is not None]
+            mean[column] = statistics.mean(numbers) if len(numbers) == len(values) else None
+            sd[column] = statistics.stdev(numbers) if len(numbers) == len(values) > 1 else None
+        confusion = reduce(add, (row.confusion for row in distinct))
+        first = tuple((row.seed, row.first) for row in distinct)
+        summaries.append(
+            Summary(label, len(distinct), runs, distinct[0].n, mean, sd, confusion, first)
+        )
     return summaries
 
 
@@ -323,7 +332,9 @@ def write_comparison(summaries: Sequence[Summary], folder: Path) -> str:
     (folder / "comparison.md").write_text(text)
     _picture(summaries, folder / "comparison.png")
     write_confusions([(row.name, row.confusion) for row in summaries], folder)
-    write_decisions([(row.name, *some) for row in summaries for some in row.first], folder)
+    write_decisions(
+        [(row.name, *decisions) for row in summaries for decisions in row.first], folder
+    )
     return text
 
 
@@ -351,9 +362,15 @@ def _larger_students(summaries: Sequence[Summary]) -> Iterator[str]:
     ensembles = [row for row in summaries if row.name.startswith("teacher ensemble")]
     for row in summaries:
         ensemble = next((e for e in ensembles if set(e.of) & set(row.of)), None)
-        own, other = row.mean["macs"], ensemble.mean["macs"] if ensemble else None
-        if own and other and not row.name.startswith("teacher") and own > other:
-            yield f"{row.name} takes {own / other:.1f} times the MACs of the teacher ensemble."
+        student_macs, ensemble_macs = row.mean["macs"], ensemble.mean["macs"] if ensemble else None
+        if (
+            student_macs
+            and ensemble_macs
+            and not row.name.startswith("teacher")
+            and student_macs > ensemble_macs
+        ):
+            ratio = student_macs / ensemble_macs
+            yield f"{row.name} takes {ratio:.1f} times the MACs of the teacher ensemble."
 
 
 def _cell(column: str, mean: float | None, sd: float | None) -> str:

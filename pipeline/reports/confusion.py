@@ -30,12 +30,12 @@ class Confusion:
     classes: tuple[str, ...]
     counts: NDArray[np.int64]  # (classes, classes): row = the label, column = the decision
 
-    def __add__(self, other: Confusion) -> Confusion:
+    def __add__(self, addend: Confusion) -> Confusion:
         """Counts of both; their classes are the same."""
-        return Confusion(self.classes, self.counts + other.counts)
+        return Confusion(self.classes, self.counts + addend.counts)
 
 
-def confusion(
+def count_confusion(
     logits: NDArray[np.floating], labels: NDArray[np.int64], classes: Sequence[str]
 ) -> Confusion:
     """Count decisions by label; logits (N, classes), labels (N,)."""
@@ -61,54 +61,54 @@ def first_decisions(
     classes: Sequence[str],
 ) -> tuple[Decision, ...]:
     """The first few patches of a split; logits (N, classes), labels and rows (N,)."""
-    few = logits[:SHOWN].astype(np.float64)
-    sure = softmax(few, axis=1).max(axis=1)
+    head = logits[:SHOWN].astype(np.float64)
+    confidence = softmax(head, axis=1).max(axis=1)
     return tuple(
-        Decision(int(row), classes[label], classes[chosen], float(probability))
-        for row, label, chosen, probability in zip(
-            rows, labels, few.argmax(axis=1), sure, strict=False
+        Decision(int(row), classes[label], classes[winner], float(probability))
+        for row, label, winner, probability in zip(
+            rows, labels, head.argmax(axis=1), confidence, strict=False
         )
     )
 
 
-def write_decisions(found: Sequence[tuple[str, int, Sequence[Decision]]], folder: Path) -> None:
-    """Write decisions.csv; found: network, seed of its run, decisions."""
+def write_decisions(rows: Sequence[tuple[str, int, Sequence[Decision]]], folder: Path) -> None:
+    """Write decisions.csv; rows: network, seed of its run, decisions."""
     with (folder / "decisions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["network", "seed", "row", "label", "decision", "probability"])
-        for name, seed, decisions in found:
+        for name, seed, decisions in rows:
             writer.writerows([name, seed, *astuple(decision)] for decision in decisions)
 
 
-def write_confusions(found: Sequence[tuple[str, Confusion]], folder: Path) -> None:
+def write_confusions(confusions: Sequence[tuple[str, Confusion]], folder: Path) -> None:
     """Write confusion.csv (network, label, decision, n) and confusion.png, a panel per network."""
     with (folder / "confusion.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["network", "label", "decision", "n"])
-        for name, some in found:
-            for (row, column), count in np.ndenumerate(some.counts):
-                writer.writerow([name, some.classes[row], some.classes[column], count])
-    _picture(found, folder / "confusion.png")
+        for name, confusion in confusions:
+            for (row, column), count in np.ndenumerate(confusion.counts):
+                writer.writerow([name, confusion.classes[row], confusion.classes[column], count])
+    _picture(confusions, folder / "confusion.png")
 
 
-def _picture(found: Sequence[tuple[str, Confusion]], path: Path) -> None:
-    across = min(3, len(found))
-    down = math.ceil(len(found) / across)
-    edge = 2.0 + 0.3 * max(len(some.classes) for _, some in found)
-    figure = Figure(figsize=(edge * across, edge * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False)
-    for panel in axes.flat[len(found) :]:
+def _picture(confusions: Sequence[tuple[str, Confusion]], path: Path) -> None:
+    columns = min(3, len(confusions))
+    rows = math.ceil(len(confusions) / columns)
+    edge = 2.0 + 0.3 * max(len(confusion.classes) for _, confusion in confusions)
+    figure = Figure(figsize=(edge * columns, edge * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat[len(confusions) :]:
         panel.set_axis_off()
-    for panel, (name, some) in zip(axes.flat, found, strict=False):
-        shares = some.counts / np.maximum(some.counts.sum(axis=1, keepdims=True), 1)
+    for panel, (name, confusion) in zip(axes.flat, confusions, strict=False):
+        shares = confusion.counts / np.maximum(confusion.counts.sum(axis=1, keepdims=True), 1)
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), count in np.ndenumerate(some.counts):
+        for (row, column), count in np.ndenumerate(confusion.counts):
             if count:
                 color = "white" if shares[row, column] > 0.5 else "black"
                 panel.text(column, row, count, ha="center", va="center", color=color, fontsize=7)
-        places = range(len(some.classes))
-        panel.set_xticks(list(places), some.classes, rotation=90, fontsize=7)
-        panel.set_yticks(list(places), some.classes, fontsize=7)
+        places = range(len(confusion.classes))
+        panel.set_xticks(list(places), confusion.classes, rotation=90, fontsize=7)
+        panel.set_yticks(list(places), confusion.classes, fontsize=7)
         panel.set_title(name, fontsize=9)
         panel.set_xlabel("decision")
         panel.set_ylabel("label")

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.reports.report import BenchmarkReport, Watched, in_ms
+from pipeline.reports.report import BenchmarkReport, DeviceReadings, in_ms
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,7 @@ def _render(name: str, report: BenchmarkReport, picture: str) -> str:
         "percent": lambda value: "null" if value is None else f"{100 * value:.1f} %",
         "figure": _figure,
         "words": _words,
-        "watched": _watched,
+        "readings": _readings_text,
     }
     return environment.get_template(f"{name}.j2").render(
         report=report, measured=report.measurement, picture=picture
@@ -65,20 +65,20 @@ def _unit(value: float | None, unit: str) -> str:
     return "null" if value is None else f"{value:.1f} {unit}"
 
 
-def _watched(found: Watched) -> str:
-    if not found.n or found.cpu_share is None:
-        return f"null: {found.reason}"
-    words = f"{found.n} readings of {found.source}, at most {_unit(found.hottest_c, 'C')}"
-    cost = f"asking took {100 * found.cpu_share:.1f} % of one core of the host"
-    return "; ".join(filter(None, (words, cost, found.reason)))
+def _readings_text(readings: DeviceReadings) -> str:
+    if not readings.n or readings.cpu_share is None:
+        return f"null: {readings.reason}"
+    words = f"{readings.n} readings of {readings.source}, at most {_unit(readings.hottest_c, 'C')}"
+    cost = f"asking took {100 * readings.cpu_share:.1f} % of one core of the host"
+    return "; ".join(filter(None, (words, cost, readings.reason)))
 
 
 def _figure(figure: EstimateFigure) -> str:
     """An estimated figure with its band, where it has one."""
     values = [figure.value, figure.low, figure.high]
-    shown = [f"{v:,.0f}" if v is not None and v >= 100 else f"{v:.3g}" for v in values if v]
-    words = f"{shown[0]} {figure.unit}"
-    return f"{words} ({shown[1]} to {shown[2]})" if len(shown) == 3 else words
+    texts = [f"{v:,.0f}" if v is not None and v >= 100 else f"{v:.3g}" for v in values if v]
+    text = f"{texts[0]} {figure.unit}"
+    return f"{text} ({texts[1]} to {texts[2]})" if len(texts) == 3 else text
 
 
 def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree
@@ -102,20 +102,22 @@ def _latency_svg(samples: Path, report: BenchmarkReport) -> str:
     with np.load(samples) as archive:
         raw = {**archive}
     ms = raw["all_ns"] / 1e6
-    shown = ms[ms <= np.quantile(ms, 0.999)]
+    drawn_ms = ms[ms <= np.quantile(ms, 0.999)]
     with mpl.rc_context({"svg.hashsalt": "kdpipe", "font.size": 9}):
         figure = Figure(figsize=(9.6, 2.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        left.hist(shown, bins=80, color="#4c78a8")
+        histogram, course = figure.subplots(1, 2)
+        histogram.hist(drawn_ms, bins=80, color="#4c78a8")
         for name, color in (("p50", "#222222"), ("p90", "#e45756"), ("p99", "#b279a2")):
             value = getattr(latency, name)
             if value is not None:
-                left.axvline(value, color=color, linewidth=1.2, label=f"{name} {value:.3f} ms")
-        left.set_xlabel(f"ms, {latency.scope} ({latency.measured_on}); slowest 0.1 % not drawn")
-        left.set_ylabel("queries")
-        left.legend()
-        _draw_course(right, raw)
-        right.set_xlabel(f"seconds of the measurement ({latency.measured_on})")
+                histogram.axvline(value, color=color, linewidth=1.2, label=f"{name} {value:.3f} ms")
+        histogram.set_xlabel(
+            f"ms, {latency.scope} ({latency.measured_on}); slowest 0.1 % not drawn"
+        )
+        histogram.set_ylabel("queries")
+        histogram.legend()
+        _draw_course(course, raw)
+        course.set_xlabel(f"seconds of the measurement ({latency.measured_on})")
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
@@ -126,9 +128,9 @@ def _draw_course(axes: Any, raw: dict[str, NDArray[Any]]) -> None:  # noqa: ANN4
     """Percentiles over time, a line for each repeat; the temperature, on an axis of its own."""
     ends = raw["repeat_ends"]
     # At most 300 points, each of 50 queries in a row or more.
-    many = max(50, len(raw["all_ns"]) // 300)
+    queries_per_point = max(50, len(raw["all_ns"]) // 300)
     for number, all_ns in enumerate(np.split(raw["all_ns"], ends[:-1])):
-        parts = np.array_split(all_ns / 1e6, max(1, len(all_ns) // many))
+        parts = np.array_split(all_ns / 1e6, max(1, len(all_ns) // queries_per_point))
         seconds = raw["repeat_starts_ns"][number] / 1e9 + np.cumsum([p.sum() for p in parts]) / 1e3
         for quantile, color in ((0.5, "#222222"), (0.9, "#e45756")):
             label = f"p{100 * quantile:.0f} of {len(parts[0])} queries" if number == 0 else None

@@ -34,7 +34,7 @@ class ReportError(ValueError):
     """A report that does not say what it must, or says what it can't know."""
 
 
-class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Quantity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A number, with everything that is needed to know what it is."""
 
     value: float
@@ -101,7 +101,7 @@ class Heat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
-class Watched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceReadings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The device each second of the measurement; null with the reason where it can't be read."""
 
     source: str | None
@@ -129,7 +129,7 @@ class Pass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measured_on: MeasuredOn
 
 
-class Repetition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RepetitionCheck(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Time of distinct samples / time of one sample repeated; the idea of MLPerf's TEST04."""
 
     scope: str
@@ -208,30 +208,30 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     driver: str | None
     link: Link
     heat_before: Heat
-    heat_during: Watched
+    heat_during: DeviceReadings
     heat_after: Heat
     checks: list[Check]
-    load_ms: Figure
-    first_inference_ms: Figure
+    load_ms: Quantity
+    first_inference_ms: Quantity
     latency: list[Latency]
-    overhead_share: Figure | None
+    overhead_share: Quantity | None
     passes: list[Pass]
-    throughput: Figure | None  # of the faster way of buffering
-    throughput_modes: list[Figure]
+    throughput: Quantity | None  # of the faster way of buffering
+    throughput_modes: list[Quantity]
     stability: Stability
     audit: list[Audit]
-    repetition: Repetition
-    top1_test: Figure
+    repetition: RepetitionCheck
+    top1_test: Quantity
     accuracy: Accuracy
     soak: list[Minute]
     verdict: Verdict
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AccuracyRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line of the accuracy table."""
 
     name: str
-    figure: Figure
+    figure: Quantity
     interval95: tuple[float, float]  # of the figure, as a fraction
 
 
@@ -299,7 +299,7 @@ class BenchmarkReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run: str
     contract: str
     student: StudentSummary
-    accuracy: list[Row]
+    accuracy: list[AccuracyRow]
     int8: Int8Summary
     parity: list[LegRow]
     device: DeviceSummary
@@ -370,10 +370,10 @@ def _check_origin(measurement: Measurement) -> None:
         raise ReportError("runtime onnxruntime has no device to read heat, power or a driver of")
     if emulated and measurement.link.width is not None:
         raise ReportError("runtime onnxruntime has no device to read a PCIe link of")
-    for where, measured_on in _origins(msgspec.to_builtins(measurement), "measurement"):
+    for path, measured_on in _origins(msgspec.to_builtins(measurement), "measurement"):
         if measured_on != truth:
             raise ReportError(
-                f"{where} says measured_on {measured_on}, but runtime {measurement.runtime} "
+                f"{path} says measured_on {measured_on}, but runtime {measurement.runtime} "
                 f"measures {truth}"
             )
 
@@ -382,28 +382,30 @@ def _check_rest(report: BenchmarkReport) -> None:
     """Beside the measurement and its own row of top-1, no figure came from a device."""
     measured = report.measurement.top1_test
     for number, row in enumerate(report.accuracy):
-        same = (row.figure.value, row.figure.n) == (measured.value, measured.n)
-        if row.figure.measured_on == "device" and not (same and measured.measured_on == "device"):
+        is_measured = (row.figure.value, row.figure.n) == (measured.value, measured.n)
+        if row.figure.measured_on == "device" and not (
+            is_measured and measured.measured_on == "device"
+        ):
             raise ReportError(
                 f"accuracy[{number}] says measured_on device, but kdbench measured another top-1"
             )
     tree = msgspec.to_builtins(report)
     del tree["accuracy"], tree["measurement"]
-    for where, measured_on in _origins(tree, "report"):
+    for path, measured_on in _origins(tree, "report"):
         if measured_on == "device":
-            raise ReportError(f"{where} says measured_on device, but it is the host's")
+            raise ReportError(f"{path} says measured_on device, but it is the host's")
 
 
-def _origins(tree: Any, where: str) -> Iterator[tuple[str, str]]:  # noqa: ANN401 - a JSON tree
+def _origins(tree: Any, path: str) -> Iterator[tuple[str, str]]:  # noqa: ANN401 - a JSON tree
     """Every `measured_on`, and where it stands."""
     if isinstance(tree, dict):
         if "measured_on" in tree:
-            yield where, tree["measured_on"]
+            yield path, tree["measured_on"]
         for name, value in tree.items():
-            yield from _origins(value, f"{where}.{name}")
+            yield from _origins(value, f"{path}.{name}")
     elif isinstance(tree, list):
         for number, value in enumerate(tree):
-            yield from _origins(value, f"{where}[{number}]")
+            yield from _origins(value, f"{path}[{number}]")
 
 
 def summary_lines(report: BenchmarkReport) -> list[str]:
@@ -415,8 +417,10 @@ def summary_lines(report: BenchmarkReport) -> list[str]:
         for row in report.accuracy
     ]
     for row in measured.latency:
-        shown = "  ".join(f"{name} {in_ms(getattr(row, name))}" for name in ("p50", "p90", "p99"))
-        lines.append(f"{'latency, ' + row.scope:<34} {shown}  n {row.n}  [{row.measured_on}]")
+        percentiles = "  ".join(
+            f"{name} {in_ms(getattr(row, name))}" for name in ("p50", "p90", "p99")
+        )
+        lines.append(f"{'latency, ' + row.scope:<34} {percentiles}  n {row.n}  [{row.measured_on}]")
     lines += [
         f"{'throughput':<34} {rate.value:.1f} {rate.unit}  [{rate.scope}; {rate.measured_on}]"
         for rate in measured.throughput_modes

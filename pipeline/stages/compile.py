@@ -36,16 +36,17 @@ def gates(params: CompileParams, facts: CompileFacts) -> list[Gate]:
     limit = params.max_constant_error
     channels = facts.device_constants.channels
     vanished = [c for c in channels if c.worst is None]
-    off = [c for c in channels if c.worst is not None and c.worst > limit]
-    what = [f"the std of band {c.band} vanishes" for c in vanished]
-    for channel in off or ([] if vanished else [max(channels, key=lambda c: c.worst or 0.0)]):
-        what.append(f"band {channel.band} is off by up to {channel.worst:.3g} sigma there")
+    exceeding = [c for c in channels if c.worst is not None and c.worst > limit]
+    findings = [f"the std of band {c.band} vanishes" for c in vanished]
+    for channel in exceeding or ([] if vanished else [max(channels, key=lambda c: c.worst or 0.0)]):
+        findings.append(f"band {channel.band} is off by up to {channel.worst:.3g} sigma there")
     return [
         Gate(
             "device_constants",
-            not vanished and not off,
-            f"the device pipe keeps three decimals of mean / 255 and std / 255: {', '.join(what)} "
-            f"(limit {limit:g}); ingest.student.encoding: percentile makes them exact",
+            not vanished and not exceeding,
+            "the device pipe keeps three decimals of mean / 255 and std / 255: "
+            f"{', '.join(findings)} (limit {limit:g}); ingest.student.encoding: percentile makes "
+            "them exact",
         )
     ]
 
