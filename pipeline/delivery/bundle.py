@@ -35,7 +35,7 @@ SCHEMA = 2
 
 def assemble_bundle(
     inputs: Artifacts,
-    into: Path,
+    folder: Path,
     *,
     golden_samples: int,
     limits: BundleLimits,
@@ -47,31 +47,31 @@ def assemble_bundle(
 
     Args:
         inputs: the artifacts of `pipeline.params.benchmark.BUNDLED`, verified.
-        into: folder to fill, or to make.
+        folder: folder to fill, or to make.
         golden_samples: validation images that prove the bundle where it runs.
         limits: what kdbench accepts there.
         progress: called with the number of test images that the float student has just answered.
     """
     data = StudentData(inputs)
     compiled = CompiledModel.load(inputs.compiled_model)
-    into.mkdir(exist_ok=True)
-    shutil.copytree(compiled.path, into / "model")
+    folder.mkdir(exist_ok=True)
+    shutil.copytree(compiled.path, folder / "model")
     for name in ("contract", "student_input", "labels"):
-        shutil.copyfile(inputs[name], into / inputs[name].name)
+        shutil.copyfile(inputs[name], folder / inputs[name].name)
     for yaml in inputs.device_pipeline.glob("*.yaml"):
-        shutil.copyfile(yaml, into / "pipeline.yaml")
-    _save_arrays(into / "golden.npz", _golden(inputs, data, golden_samples))
-    _save_arrays(into / "test.npz", _test(inputs, data, progress))
+        shutil.copyfile(yaml, folder / "pipeline.yaml")
+    _save_arrays(folder / "golden.npz", _golden(inputs, data, golden_samples))
+    _save_arrays(folder / "test.npz", _test(inputs, data, progress))
     package = Path(__file__).resolve().parents[2] / "preprocessing"
-    (into / "preprocessing").mkdir()
+    (folder / "preprocessing").mkdir()
     for module in sorted(package.glob("*.py")):
-        shutil.copyfile(module, into / "preprocessing" / module.name)
+        shutil.copyfile(module, folder / "preprocessing" / module.name)
     for file in sorted(deploy_folder().iterdir()):
         if file.suffix in (".py", ".md"):
-            shutil.copyfile(file, into / file.name)
+            shutil.copyfile(file, folder / file.name)
     files = {
-        file.relative_to(into).as_posix(): sha256(file.read_bytes()).hexdigest()
-        for file in folder_files(into)
+        file.relative_to(folder).as_posix(): sha256(file.read_bytes()).hexdigest()
+        for file in folder_files(folder)
     }
     model = {name: digest for name, digest in files.items() if name.startswith("model/")}
     index = {
@@ -91,7 +91,7 @@ def assemble_bundle(
         "limits": asdict(limits),
         "files": files,
     }
-    (into / "bundle.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / "bundle.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def write_bundle(job: Job, params: BenchmarkParams) -> None:

@@ -29,14 +29,14 @@ def lower_model(job: Job, params: CompileParams, model: QuantizedModel) -> Compi
         BackendError: the backend, or a tool of the SDK, refuses the model.
     """
     options = SdkOptions(extra=params.extra, time_limit_s=params.time_limit)
-    into, cores = job.outputs.compiled_model, params.aipu_cores
+    target, cores = job.outputs.compiled_model, params.aipu_cores
     if params.backend == "emulator" or params.route == "api":
-        return open_backend(params.backend, options).compile(model, into, aipu_cores=cores)
+        return open_backend(params.backend, options).compile(model, target, aipu_cores=cores)
     if params.route == "axcompile":
         samples = job.inputs.calibration_set / "samples.npy"
-        return compile_with_axcompile(options, model, samples, into, aipu_cores=cores)
+        return compile_with_axcompile(options, model, samples, target, aipu_cores=cores)
     pipeline = job.outputs.device_pipeline
-    return compile_with_deploy(options, model, pipeline, into, aipu_cores=cores)
+    return compile_with_deploy(options, model, pipeline, target, aipu_cores=cores)
 
 
 def sdk_record(compiled: CompiledModel) -> dict[str, Any] | None:
