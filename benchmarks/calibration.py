@@ -28,16 +28,17 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from calibration_methods import METHODS
 from calibration_photos import CALIBRATION, EVALUATION, crops, save_lite0
 from scipy.special import rel_entr, softmax
 
 from metis.emulator.kernels import EXACT, kernels_are_exact
+from metis.graph.sessions import open_session
 from metis.quantize.folding import prepare
 from pipeline.tasks.metrics import agreement, sqnr_db
 
@@ -94,7 +95,7 @@ def main() -> None:
     wanted = given.only.split(",") if given.only else list(METHODS)
     if unknown := set(wanted) - set(METHODS):
         sys.exit(f"--only: no method {', '.join(unknown)}; there are: {', '.join(METHODS)}")
-    print(f"onnxruntime {ort.__version__}, int8 kernels exact: {kernels_are_exact()}")
+    print(f"onnxruntime {version('onnxruntime')}, int8 kernels exact: {kernels_are_exact()}")
     with tempfile.TemporaryDirectory(prefix="kdpipe-") as folder:
         root = Path(folder)
         model = root / "lite0.onnx"
@@ -154,18 +155,9 @@ def calibrated(python: str, method: str, model: Path, folder: Path, count: int, 
 
 def answers(model: Path, frames: list[np.ndarray]) -> np.ndarray:
     """Logits (N, classes) with integer sums that do not saturate."""
-    session = opened(model)
+    session = open_session(model, options=EXACT)
     name = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {name: frame})[0] for frame in frames])
-
-
-def opened(model: Path) -> ort.InferenceSession:
-    """A session in which int8 is what the file says, whatever the CPU."""
-    chosen = ort.SessionOptions()
-    chosen.log_severity_level = 3
-    for key, value in EXACT.items():
-        chosen.add_session_config_entry(key, value)
-    return ort.InferenceSession(str(model), chosen, providers=["CPUExecutionProvider"])
 
 
 def judged(row: Row, int8: Path, frames: list[np.ndarray], exact: np.ndarray) -> Row:
@@ -236,7 +228,7 @@ def print_speed(model: Path, int8: Path) -> None:
     """How fast the int8 graph runs beside the float network, on all cores: the fastest of turns."""
     float_core = model.with_name("float-core.onnx")
     onnx.save(prepare(onnx.load(model)).core, float_core)
-    sessions = opened(float_core), opened(int8)
+    sessions = [open_session(path, options=EXACT) for path in (float_core, int8)]
     name = sessions[0].get_inputs()[0].name
     print("\n| frames at a time | float, ms per frame | int8, ms per frame | int8 is faster by |")
     print("|---|---|---|---|")

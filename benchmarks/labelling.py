@@ -95,7 +95,7 @@ def rates(path: Path) -> tuple[Threads, list[tuple[float, float]]]:
     teacher = open_teacher(path, params, contract, 10, threads)
     source = open_so2sat(path.parent / "x.h5", {"optical": "sen2"}, "label")
     split = Split("train", source, np.arange(PATCHES))
-    session = open_session(path, threads)
+    session = open_session(path, threads=threads)
     tensor = teacher.prepare(source.read("optical", np.arange(BATCH), range(10)))
 
     def peer() -> None:

@@ -152,8 +152,8 @@ class Backend(Protocol):
             into: folder to write.
             scheme: one of `SCHEMES`.
             progress: called with the number of samples just done.
-            ranges: ranges.json of `metis.ranges`, for a backend that lets us choose them; the SDK
-                observes the samples itself and ignores it.
+            ranges: ranges.json of `metis.quantize.ranges`, for a backend that lets us choose them;
+                the SDK observes the samples itself and ignores it.
 
         Raises:
             BackendError: the tool refused; its own words are in the message.

@@ -23,8 +23,8 @@ from metis.emulator.device_tensors import device_specs, with_device_tensors
 from metis.emulator.execute import Step, put_on_grid, run_in_batches, run_session
 from metis.emulator.kernels import arithmetic
 from metis.graph.edit import with_batch
-from metis.graph.sessions import open_with_options
-from metis.quantize.folding import Parts, prepare
+from metis.graph.sessions import open_session
+from metis.quantize.folding import SplitGraph, prepare
 from metis.quantize.placement import watch
 from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import RangeError, Ranges, choose
@@ -61,7 +61,7 @@ _OBSERVERS = {
 
 
 def observer_of(scheme: str) -> str:
-    """The observer of `metis.ranges` that stands for a scheme of the SDK."""
+    """The observer of `metis.quantize.ranges` that stands for a scheme of the SDK."""
     return _OBSERVERS[scheme]
 
 
@@ -102,7 +102,9 @@ class Emulator:
         except RangeError as error:
             raise BackendError(str(error)) from error
 
-    def write(self, parts: Parts, ranges: Ranges, into: Path, *, scheme: str) -> QuantizedModel:
+    def write(
+        self, parts: SplitGraph, ranges: Ranges, into: Path, *, scheme: str
+    ) -> QuantizedModel:
         """Write the int8 model of a prepared student; `into` must not exist."""
         into.mkdir(parents=True)
         graph = quantized_graph(parts.core, ranges, scheme=scheme)
@@ -128,9 +130,9 @@ class Emulator:
 
         def host(name: str) -> list[Step]:
             path = model.path / name
-            return [partial(run_session, open_with_options(path, {}))] if path.is_file() else []
+            return [partial(run_session, open_session(path))] if path.is_file() else []
 
-        core = open_with_options(model.path / model.entry, arithmetic(model.scheme)[1])
+        core = open_session(model.path / model.entry, options=arithmetic(model.scheme)[1])
         on_grid: Step = partial(put_on_grid, spec=model.inputs[0])
         run: Step = partial(run_session, core)
         return run_in_batches(
@@ -177,11 +179,11 @@ class Emulator:
         tensor = (ramp.reshape(n, channels, height, width) - spec.zero_point) * spec.scale
         tensor = tensor.astype(np.float32)
         codes = run_session(
-            open_with_options(compiled.path / compiled.entry, compiled.session),
+            open_session(compiled.path / compiled.entry, options=compiled.session),
             to_device(tensor, spec),
         )
         logits = from_device(codes, compiled.outputs[0]).reshape(n, -1)
-        core = open_with_options(model.path / model.entry, arithmetic(model.scheme)[1])
+        core = open_session(model.path / model.entry, options=arithmetic(model.scheme)[1])
         expected = run_session(core, put_on_grid(tensor, model.inputs[0])).reshape(n, -1)
         if not np.array_equal(logits, expected):
             raise BackendError(

@@ -12,8 +12,8 @@ import onnxruntime as ort
 
 from metis.emulator.device_tensors import device_specs
 from metis.emulator.kernels import arithmetic
-from metis.graph.sessions import open_with_options
-from metis.quantize.folding import Parts
+from metis.graph.sessions import open_session
+from metis.quantize.folding import SplitGraph
 from preprocessing.int8 import TensorSpec, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run_graphs(
         Logits, float32 (N, classes).
     """
     steps = [
-        partial(run_session, open_with_options(graph.SerializeToString(), options))
+        partial(run_session, open_session(graph, options=options))
         for graph, options in graphs
         if graph is not None
     ]
@@ -57,22 +57,18 @@ def run_graphs(
 
 
 def int8_logits(
-    parts: Parts, graph: onnx.ModelProto, scheme: str, frames: NDArray[np.float32]
+    parts: SplitGraph, graph: onnx.ModelProto, scheme: str, frames: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """What `Emulator.infer` gives for this int8 graph of the core, without a file."""
     options = arithmetic(scheme)[1]
     steps: list[Step] = [
         partial(put_on_grid, spec=device_specs(graph)[0]),
-        partial(run_session, open_with_options(graph.SerializeToString(), options)),
+        partial(run_session, open_session(graph, options=options)),
     ]
     if parts.preamble is not None:
-        steps.insert(
-            0, partial(run_session, open_with_options(parts.preamble.SerializeToString(), {}))
-        )
+        steps.insert(0, partial(run_session, open_session(parts.preamble)))
     if parts.postamble is not None:
-        steps.append(
-            partial(run_session, open_with_options(parts.postamble.SerializeToString(), {}))
-        )
+        steps.append(partial(run_session, open_session(parts.postamble)))
     return run_in_batches(steps, frames)
 
 

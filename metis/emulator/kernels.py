@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from metis.graph.sessions import open_with_options
+from metis.graph.sessions import open_session
 from metis.quantize import arithmetic as int8
 from metis.quantize.grids import UINT8_SHIFT
 
@@ -49,7 +49,7 @@ def kernels_are_exact() -> bool:
 
 
 def self_test(options: Mapping[str, str]) -> bool:
-    """Run two convolutions at the ends of the range, and compare every bit with `metis.int8`."""
+    """Run two convolutions at the ends of the range, and compare every bit with plain integers."""
     random = np.random.default_rng(0)
     return all(
         _convolution_agrees(random, kernel, frames, options)
@@ -92,7 +92,7 @@ def _convolution_agrees(
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = open_with_options(model.SerializeToString(), options)
+    session = open_session(model, options=options)
     made = session.run(None, {"codes": (q + UINT8_SHIFT).astype(np.uint8)})[0]
     return np.array_equal(
         made.astype(np.int64) - UINT8_SHIFT, int8.requantize(acc, np.float32(1) / step, 0)

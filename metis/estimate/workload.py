@@ -268,8 +268,8 @@ def _pads_more(node: Node) -> bool:
 
 
 def _is_folded(node: Node) -> bool:
-    maker = node.maker(0)
-    alone = len(node.graph.readers(node.proto.input[0])) == 1
+    maker = node.producer(0)
+    alone = len(node.graph.consumers(node.proto.input[0])) == 1
     return alone and maker is not None and maker.proto.op_type in ("Conv", "Gemm")
 
 
@@ -290,7 +290,7 @@ def _gates_itself(node: Node) -> bool:
         return False
     one, other = node.proto.input
     return any(
-        (gate := node.maker(number)) is not None
+        (gate := node.producer(number)) is not None
         and gate.proto.op_type in _GATES
         and gate.proto.input[0] == x
         for number, x in ((0, other), (1, one))

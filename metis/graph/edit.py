@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import onnx
 from onnx import helper, numpy_helper
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import onnx
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
+    Proto = TypeVar("Proto", onnx.ModelProto, onnx.NodeProto)
+
+
+def copy_proto(proto: Proto) -> Proto:
+    """A copy of a model or a node that shares nothing with it."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    return copy
 
 
 def constants_of(model: onnx.ModelProto) -> dict[str, Array]:
@@ -23,10 +33,29 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
+def set_array(tensor: onnx.TensorProto, array: Array) -> None:
+    """Give an initializer another value, and leave it its name."""
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def set_inputs(node: onnx.NodeProto, names: list[str]) -> None:
+    """Let a node read these tensors and no others."""
+    del node.input[:]
+    node.input.extend(names)
+
+
+def show_tensors(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """A copy whose outputs are these tensors; onnxruntime infers their types and shapes."""
+    result = copy_proto(model)
+    del result.graph.output[:]
+    for name in names:
+        result.graph.output.add(name=name)
+    return result
+
+
 def with_batch(model: onnx.ModelProto, batch: int | str) -> onnx.ModelProto:
     """A copy whose first dimension, everywhere, is `batch`: a number, or a name for a free one."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy_proto(model)
     for value in [*result.graph.input, *result.graph.output]:
         dim = value.type.tensor_type.shape.dim[0]
         if isinstance(batch, str):
@@ -40,5 +69,5 @@ def with_batch(model: onnx.ModelProto, batch: int | str) -> onnx.ModelProto:
             shape = numpy_helper.to_array(initializer).copy()
             if len(shape) and shape[0] == 1:
                 shape[0] = 0  # "as in the input", which is the batch
-                initializer.CopyFrom(numpy_helper.from_array(shape, initializer.name))
+                set_array(initializer, shape)
     return result

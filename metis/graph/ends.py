@@ -10,8 +10,12 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
+from metis.graph.connections import Connections
+from metis.graph.edit import copy_proto
+from metis.graph.view import constant_tensors
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 
 #: Nodes that pass every value on as it is.
@@ -49,10 +53,10 @@ def trailing_softmax(model: onnx.ModelProto) -> str | None:
         The name of the logits, or None when the graph does not end in Softmax or LogSoftmax over
         rows.
     """
-    makers = {name: node for node in model.graph.node for name in node.output}
-    node = makers.get(model.graph.output[0].name)
+    connections = Connections(model.graph.node, model.graph.output)
+    node = connections.producer(model.graph.output[0].name)
     while node is not None and node.op_type in _PASSING:
-        node = makers.get(node.input[0])
+        node = connections.producer(node.input[0])
     if node is None or node.op_type not in ("Softmax", "LogSoftmax"):
         return None
     logits: str = node.input[0]
@@ -64,30 +68,17 @@ def leading_normalization(model: onnx.ModelProto) -> list[str]:
 
     Only arithmetic with constants of one value, or of one per channel or pixel, counts.
     """
-    constants = _constants(model)
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    here = graph_inputs(model)[0].name
-    found = []
-    while len(readers.get(here, [])) == 1:
-        node = readers[here][0]
-        if node.op_type in _NORMALIZING and _is_normalizing(node, here, constants):
-            found.append(f"{node.op_type} {node.name}".strip())
+    constants = constant_tensors(model.graph)
+    connections = Connections(model.graph.node, model.graph.output)
+    tensor = graph_inputs(model)[0].name
+    names = []
+    while (node := connections.only_consumer(tensor)) is not None:
+        if node.op_type in _NORMALIZING and _is_normalizing(node, tensor, constants):
+            names.append(f"{node.op_type} {node.name}".strip())
         elif node.op_type not in _BEFORE_NORMALIZATION:
             break
-        here = node.output[0]
-    return found
-
-
-def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    found = {initializer.name: initializer for initializer in model.graph.initializer}
-    for node in model.graph.node:
-        for attribute in node.attribute if node.op_type == "Constant" else ():
-            if attribute.name == "value":
-                found[node.output[0]] = attribute.t
-    return found
+        tensor = node.output[0]
+    return names
 
 
 def _is_normalizing(
@@ -95,10 +86,10 @@ def _is_normalizing(
 ) -> bool:
     if node.op_type == "BatchNormalization":
         return True
-    others = [name for name in node.input if name != source]
-    if len(others) != 1 or others[0] not in constants:
+    operands = [name for name in node.input if name != source]
+    if len(operands) != 1 or operands[0] not in constants:
         return False
-    tensor = constants[others[0]]
+    tensor = constants[operands[0]]
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return True
     neutral = 0 if node.op_type in ("Sub", "Add") else 1
@@ -111,19 +102,15 @@ def with_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     Raises:
         GraphError: no node makes a tensor of that name; the message lists near ones.
     """
-    made = [name for node in model.graph.node for name in node.output]
+    tensors = [name for node in model.graph.node for name in node.output]
     for name in names:
-        if name not in made:
-            near = get_close_matches(name, made, n=4, cutoff=0.4) or made[-4:]
+        if name not in tensors:
+            near = get_close_matches(name, tensors, n=4, cutoff=0.4) or tensors[-4:]
             raise GraphError(f"no node makes a tensor {name!r}; there are {', '.join(near)}")
-    known = {value.name: value for value in (*model.graph.output, *_inferred(model))}
-    edited = onnx.ModelProto()
-    edited.CopyFrom(model)
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    infos = {value.name: value for value in (*model.graph.output, *inferred)}
+    edited = copy_proto(model)
     del edited.graph.output[:]
     # onnxruntime infers what a bare name leaves open.
-    edited.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in names)
+    edited.graph.output.extend(infos.get(name, onnx.ValueInfoProto(name=name)) for name in names)
     return edited
-
-
-def _inferred(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
-    yield from onnx.shape_inference.infer_shapes(model).graph.value_info

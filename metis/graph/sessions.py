@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    from metis.graph.edit import Array
 
 
 #: A choice of threads must be this much faster than fewer threads to be taken.
@@ -42,29 +40,41 @@ class Threads:
 
 
 def open_session(
-    model: Path | bytes, threads: Threads | None = None, *, cuda: bool = False
+    model: Path | onnx.ModelProto,
+    *,
+    threads: Threads | None = None,
+    options: Mapping[str, str] | None = None,
+    optimize: bool = True,
+    cuda: bool = False,
 ) -> ort.InferenceSession:
-    """Open an ONNX file or model; onnxruntime's own exceptions pass through.
+    """Open an ONNX model; onnxruntime's own exceptions pass through.
 
     Args:
-        model: file or serialized model.
+        model: a file, or a model in memory.
         threads: None: onnxruntime's own choice.
+        options: entries of onnxruntime's session configuration, by key.
+        optimize: False: run the graph as it is written, node by node.
         cuda: use CUDA where onnxruntime has it; else always the CPU, whose results are the
             reference.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors come as exceptions; warnings are for its developers
+    settings = ort.SessionOptions()
+    # Errors come as exceptions; a GPU that can't be used is only logged.
+    settings.log_severity_level = 3 if cuda else 4
     if threads is not None:
-        options.intra_op_num_threads = threads.count
-        options.add_session_config_entry(
+        settings.intra_op_num_threads = threads.count
+        settings.add_session_config_entry(
             "session.intra_op.allow_spinning", "1" if threads.spin else "0"
         )
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")[0 if cuda else 1 :]
+    for key, value in (options or {}).items():
+        settings.add_session_config_entry(key, value)
+    if not optimize:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider")[0 if cuda else 1 :]
     available = ort.get_available_providers()
     return ort.InferenceSession(
-        model if isinstance(model, bytes) else str(model),
-        options,
-        providers=[name for name in wanted if name in available],
+        model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model),
+        settings,
+        providers=[name for name in providers if name in available],
     )
 
 
@@ -88,7 +98,7 @@ def fastest_threads(model: Path, shape: tuple[int, ...], dtype: type[np.floating
         choices += [Threads(cores or 1, False), Threads(cores or 1, True)]
     best, fastest = choices[0], float("inf")
     for choice in choices:
-        session = open_session(model, choice, cuda=True)
+        session = open_session(model, threads=choice, cuda=True)
         feed = {session.get_inputs()[0].name: np.zeros(shape, dtype)}
         session.run(None, feed)
         seconds = []
@@ -103,9 +113,6 @@ def fastest_threads(model: Path, shape: tuple[int, ...], dtype: type[np.floating
     return best
 
 
-Array = NDArray[Any]
-
-
 def run_node(
     node: onnx.NodeProto, inputs: Mapping[str, Array], model: onnx.ModelProto
 ) -> list[Array]:
@@ -117,38 +124,10 @@ def run_node(
         [onnx.ValueInfoProto(name=name) for name in node.output if name],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in inputs.items()],
     )
-    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    return list(open_plain(alone).run(None, {}))
+    single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return list(open_exact(single).run(None, {}))
 
 
-def open_plain(model: onnx.ModelProto) -> ort.InferenceSession:
-    """An onnxruntime session that runs the graph as it is written, node by node."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # what goes wrong comes as an exception
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def open_with_options(model: Path | bytes, options: Mapping[str, str]) -> ort.InferenceSession:
-    """A session on the CPU with entries of onnxruntime's session configuration."""
-    chosen = ort.SessionOptions()
-    chosen.log_severity_level = 3
-    for key, value in options.items():
-        chosen.add_session_config_entry(key, value)
-    return ort.InferenceSession(
-        model if isinstance(model, bytes) else str(model),
-        chosen,
-        providers=["CPUExecutionProvider"],
-    )
-
-
-def open_graph(model: onnx.ModelProto) -> ort.InferenceSession:
-    """A float session on the CPU that says nothing."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+def open_exact(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session that runs the graph as it is written, on threads that sleep while they wait."""
+    return open_session(model, threads=Threads(spin=False), optimize=False)

@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from metis.graph.connections import Connections, tensors_read
+
 Shape = tuple[int, ...]  # 0 for a dimension that is not fixed
 
 #: Constants of up to this many elements can be shapes, axes, pads: shape inference reads them.
@@ -20,7 +22,7 @@ class UnknownShapeError(Exception):
     """A rule needs a shape that the graph does not fix."""
 
 
-class Graph:
+class Graph(Connections):
     """Shapes, constants and neighbours of a model, by the names of its tensors."""
 
     def __init__(self, model: onnx.ModelProto, is_listed: Callable[[onnx.NodeProto], bool]) -> None:
@@ -31,19 +33,13 @@ class Graph:
             _fix_batch(outline.graph, self.free_batch)
         inferred = onnx.shape_inference.infer_shapes(outline, data_prop=True).graph
         self.nodes = [node for node in inferred.node if node.op_type != "Constant"]
-        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._constants.update(constant_nodes(inferred.node))
+        super().__init__(self.nodes, inferred.output)
+        self._constants = constant_tensors(model.graph)
         self.inputs = [v for v in inferred.input if v.name not in self._constants]
-        self.outputs = {value.name for value in inferred.output}
         self._shapes = {name: tuple(t.dims) for name, t in self._constants.items()}
         for value in (*self.inputs, *inferred.value_info, *inferred.output):
             if value.type.tensor_type.HasField("shape"):
                 self._shapes[value.name] = _dims(value)
-        self.maker = {name: node for node in self.nodes for name in node.output if name}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.nodes:
-            for name in reads(node):
-                self._readers.setdefault(name, []).append(node)
         self._fixed = self._fixed_tensors()
         # Tensors that only the host touches: before the chip's part of the graph, and after it.
         self._before = self._host_tensors(forward=True)
@@ -60,10 +56,6 @@ class Graph:
     def is_fixed(self, name: str) -> bool:
         """Whether a tensor is a constant, or is computed from nothing else."""
         return name in self._fixed
-
-    def readers(self, name: str) -> list[onnx.NodeProto]:
-        """The nodes that take a tensor."""
-        return self._readers.get(name, [])
 
     def on_host(self, node: onnx.NodeProto) -> bool:
         """Whether an operator that is not listed is at one of the graph's edges."""
@@ -87,23 +79,12 @@ class Graph:
             if self._is_listed(node):
                 continue
             if forward:
-                alone = all(n in found or n in ours or n in self._fixed for n in reads(node))
+                alone = all(n in found or n in ours or n in self._fixed for n in tensors_read(node))
             else:
-                alone = all(r.output[0] in found for n in node.output for r in self.readers(n))
+                alone = all(r.output[0] in found for n in node.output for r in self.consumers(n))
             if alone:
                 found.update(node.output)
         return found
-
-
-def reads(node: onnx.NodeProto) -> set[str]:
-    """Tensors that a node takes; branches and loops take more than their inputs."""
-    names = set(node.input) - {""}  # an optional one that is left out
-    for attribute in node.attribute:
-        inner = attribute.g
-        made = {value.name for value in (*inner.input, *inner.initializer)}
-        made.update(name for within in inner.node for name in within.output)
-        names.update(name for within in inner.node for name in reads(within) - made)
-    return names
 
 
 def _dims(value: onnx.ValueInfoProto) -> Shape:
@@ -143,6 +124,13 @@ def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
                 name=tensor.name, data_type=tensor.data_type, dims=tensor.dims
             )
     return outline
+
+
+def constant_tensors(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Initializers, and what Constants make, by name."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    tensors.update(constant_nodes(graph.node))
+    return tensors
 
 
 def constant_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
@@ -208,7 +196,7 @@ class Node:
         """Whether an input is a constant, or is computed from nothing else."""
         return self.has(number) and self.graph.is_fixed(self.proto.input[number])
 
-    def maker(self, number: int) -> Node | None:
+    def producer(self, number: int) -> Node | None:
         """The node that computes an input."""
-        proto = self.graph.maker.get(self.proto.input[number]) if self.has(number) else None
+        proto = self.graph.producer(self.proto.input[number]) if self.has(number) else None
         return Node(self.graph, proto) if proto is not None else None

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from metis.graph.sessions import Array, run_node
-from metis.graph.view import Node, reads
+from metis.graph.connections import tensors_read
+from metis.graph.edit import copy_proto
+from metis.graph.sessions import run_node
+from metis.graph.view import Node
 from metis.operators.report import read_graph
+
+if TYPE_CHECKING:
+    from metis.graph.edit import Array
 
 
 class Draft:
     """A copy of a model that is being rewritten, and the graph as it was before."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(model)
+        self.model = copy_proto(model)
         self.graph = read_graph(model)
         self.nodes = list(self.model.graph.node)
         self._computed: dict[str, Array] = {}
@@ -39,7 +44,7 @@ class Draft:
         for node in reversed(self.nodes):
             if read.intersection(node.output):
                 alive.append(node)
-                read.update(reads(node))
+                read.update(tensors_read(node))
         kept = [tensor for tensor in graph.initializer if tensor.name in read]
         dropped = {tensor.name for tensor in graph.initializer} - read
         inputs = [value for value in graph.input if value.name not in dropped]
@@ -78,7 +83,9 @@ class Draft:
         if name not in self._computed:
             constant = self.graph.constant(name)
             if constant is None:
-                self._compute(self.graph.maker[name])
+                producer = self.graph.producer(name)
+                assert producer is not None
+                self._compute(producer)
             else:
                 self._computed[name] = constant
         return self._computed[name]

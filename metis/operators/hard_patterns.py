@@ -19,7 +19,7 @@ def shifted_by_3(clip: Node) -> str | None:
     """The x of a Clip(x + 3, 0, 6), or None."""
     if clip.proto.op_type != "Clip" or (clip.scalar(1), clip.scalar(2)) != (0.0, 6.0):
         return None
-    add = clip.maker(0)
+    add = clip.producer(0)
     if add is None or add.proto.op_type != "Add":
         return None
     terms = (n for n in (0, 1) if add.scalar(n) == 3.0 and add.shape(1 - n) == add.out)
@@ -40,7 +40,7 @@ def hard_pattern(node: Node) -> tuple[str, str] | None:
         return "hard sigmoid", shifted
     if numerator.proto.op_type == "Mul":
         for clip, x in ((0, 1), (1, 0)):
-            maker = numerator.maker(clip)
+            maker = numerator.producer(clip)
             if maker is not None and shifted_by_3(maker) == numerator.proto.input[x]:
                 return "hard swish", numerator.proto.input[x]
     return None
@@ -49,9 +49,9 @@ def hard_pattern(node: Node) -> tuple[str, str] | None:
 def _sixfold(node: Node) -> Node | None:
     """What a Div divides by 6, or a Mul multiplies by 1/6."""
     if node.proto.op_type == "Div":
-        return node.maker(0) if node.scalar(1) == 6.0 else None
+        return node.producer(0) if node.scalar(1) == 6.0 else None
     for factor, other in ((0, 1), (1, 0)):
         value = node.scalar(factor)
         if value is not None and abs(value - 1 / 6) < _TOLERANCE:
-            return node.maker(other)
+            return node.producer(other)
     return None

@@ -17,7 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, version_converter
 
-from metis.graph.sessions import open_plain, run_node
+from metis.graph.edit import copy_proto
+from metis.graph.sessions import open_exact, run_node
 from metis.graph.view import constant_nodes
 from metis.operators.draft import Draft
 from metis.operators.report import OPSETS, OperatorReport, check_model, read_graph
@@ -174,7 +175,7 @@ class _Work:
         self._tried: set[tuple[str, str]] = set()
 
     def _run(self, model: onnx.ModelProto) -> Answers:
-        session = open_plain(model)
+        session = open_exact(model)
         return [session.run(None, feed) for feed in self.feeds]
 
     def ask_once(self, name: str, where: str) -> None:
@@ -282,8 +283,7 @@ def _convert_opset(work: _Work) -> str:
 
 def _plain_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose Constants hold tensors, the only form that the converter knows."""
-    plain = onnx.ModelProto()
-    plain.CopyFrom(model)
+    plain = copy_proto(model)
     for node in plain.graph.node:
         if node.op_type == "Constant":
             for name, tensor in constant_nodes([node]):
@@ -344,12 +344,13 @@ def _cut_softmax(work: _Work) -> bool:
     outputs = draft.model.graph.output
     cut, changes = {}, []
     for number, value in enumerate(outputs):
-        node = draft.graph.maker.get(value.name)
+        node = draft.graph.producer(value.name)
         if node is None or node.op_type not in ("Softmax", "LogSoftmax"):
             continue
         logits = node.input[0]
-        named = {known.name for known in outputs}
-        if logits in named or logits not in draft.graph.maker or draft.graph.readers(value.name):
+        is_computed = draft.graph.producer(logits) is not None
+        is_output = logits in {value.name for value in outputs}
+        if not is_computed or is_output or draft.graph.consumers(value.name):
             continue
         axis = draft.view(node).attribute("axis", -1)
         cut[number] = node

@@ -40,14 +40,15 @@ def _global_pool(node: Node) -> str:
 
 def _identity(node: Node) -> str:
     """What hands on its input can go, unless both are outputs of the graph."""
-    source, made, graph = node.proto.input[0], node.proto.output[0], node.graph
-    is_needed = made in graph.outputs and (source in graph.outputs or source not in graph.maker)
+    source, result, graph = node.proto.input[0], node.proto.output[0], node.graph
+    has_name = source in graph.outputs or graph.producer(source) is None
+    is_needed = result in graph.outputs and has_name
     return "" if is_needed else "identity"
 
 
 def _nothing_dropped(node: Node) -> str:
     masks = node.proto.output[1:]
-    read = any(node.graph.readers(mask) or mask in node.graph.outputs for mask in masks)
+    read = any(node.graph.consumers(mask) or mask in node.graph.outputs for mask in masks)
     drops = node.has(2) and node.scalar(2) != 0
     return "" if read or drops else _identity(node)
 

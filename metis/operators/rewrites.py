@@ -1,8 +1,8 @@
 """Rewrites of an ONNX graph that leave what it computes as it is, one function for each name.
 
-The names are those of `metis.operators.REWRITES`: a finding of the chip's rules that names one goes
-away when it is done. Whether a rewrite kept what the graph computes is for `metis.legalizer` to
-prove; nothing here is taken on trust.
+The names are those of `metis.operators.rules.REWRITES`: a finding of the chip's rules that names
+one goes away when it is done. Whether a rewrite kept what the graph computes is for
+`metis.operators.legalizer` to prove; nothing here is taken on trust.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def _gemm(draft: Draft, node: onnx.NodeProto) -> str:
     """A MatMul, or an Add that follows one, in which case the MatMul may have no more readers."""
     operands = list(node.input)
     if node.op_type == "Add":
-        makers = [draft.graph.maker.get(name) for name in node.input]
-        term = next(n for n in (0, 1) if (m := makers[n]) is not None and m.op_type == "MatMul")
-        matmul = makers[term]
+        producers = [draft.graph.producer(name) for name in node.input]
+        term = next(n for n in (0, 1) if (m := producers[n]) is not None and m.op_type == "MatMul")
+        matmul = producers[term]
         assert matmul is not None
         operands = [*matmul.input, node.input[1 - term]]
     draft.replace(node, helper.make_node("Gemm", operands, node.output, node.name))
@@ -118,7 +118,7 @@ def _gemm_transpose(draft: Draft, node: onnx.NodeProto) -> str:
         node.input[0] = draft.constant(f"{name}_transposed", draft.value(name).T.copy())
         return "transA -> a transposed constant"
     made = draft.free_name(f"{node.output[0]}_transposed")
-    before = view.maker(0)
+    before = view.producer(0)
     if before is not None and before.proto.op_type == "Flatten":  # one Flatten instead of two
         name = before.proto.input[0]
     axis = 0 if view.shape()[1] == 1 else len(draft.graph.shape(name) or ())

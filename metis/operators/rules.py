@@ -187,7 +187,7 @@ def in_its_place(node: Node) -> bool:
     """Whether a Gemm, what becomes one, or nothing on the chip reads it."""
     return all(
         proto.op_type == "Gemm" or node.graph.on_host(proto) or _passes(Node(node.graph, proto))
-        for proto in node.graph.readers(node.proto.output[0])
+        for proto in node.graph.consumers(node.proto.output[0])
     )
 
 
@@ -233,7 +233,7 @@ def _max_pool(node: Node) -> Findings:
     yield from _auto_pad(node)
     if node.attribute("storage_order", 0):
         indices = node.proto.output[1] if len(node.proto.output) > 1 else ""
-        unread = not node.graph.readers(indices) and indices not in node.graph.outputs
+        unread = not node.graph.consumers(indices) and indices not in node.graph.outputs
         yield Finding("storage_order is 1", rewrite="storage order" if unread else "")
 
 
@@ -278,7 +278,7 @@ def _add(node: Node) -> Findings:
     if _two_activations(node):
         return
     for term, bias in ((0, 1), (1, 0)):
-        maker = node.maker(term)
+        maker = node.producer(term)
         matmul = maker if maker is not None and maker.proto.op_type == "MatMul" else None
         if matmul and node.is_fixed(bias) and node.out == matmul.out and is_dense(matmul):
             yield Finding("it adds to a MatMul", rewrite="gemm")

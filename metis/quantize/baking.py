@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from metis.graph.edit import attributes_of, constants_of
+from metis.graph.edit import attributes_of, constants_of, set_inputs
+from metis.quantize.folding import bias_of
 from metis.quantize.grids import channel_axis, on_grid, tensor_grid, weight_scales
 from metis.quantize.observers import Observer
 from metis.quantize.placement import compute_nodes, place
@@ -16,12 +17,12 @@ from metis.quantize.placement import compute_nodes, place
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from metis.quantize.folding import Parts
+    from metis.quantize.folding import SplitGraph
     from metis.quantize.ranges import Ranges
 
 
 def baked(
-    parts: Parts,
+    parts: SplitGraph,
     seen: Observer,
     ranges: Ranges,
     *,
@@ -35,7 +36,7 @@ def baked(
     kernel, from the channel means of the layer's input.
 
     Args:
-        parts: of `metis.folding.prepare`.
+        parts: of `metis.quantize.folding.prepare`.
         seen: the pass over the calibration set, with the means of every layer's input.
         ranges: of its tensors, for the guard of the bias.
         correct_bias: move the biases.
@@ -54,7 +55,7 @@ def baked(
             continue
         axis, made = channel_axis(node), node.output[0]
         weight = constants[node.input[1]]
-        bias = constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
+        bias = bias_of(node, constants)
         source = tensor_grid(ranges.of(placement.root[node.input[0]])).scale
         kept = _clipped(weight, axis) if clip_weights else weight
         scales = weight_scales(kept, bias, source, axis)
@@ -68,8 +69,7 @@ def baked(
             if correct_bias:
                 start = start + _lost(node, weight - rounded, seen.means(node.input[0]))
             write(numpy_helper.from_array(start.astype(np.float32), names[2]))
-        del node.input[:]
-        node.input.extend(names)
+        set_inputs(node, names)
     read = {name for node in result.graph.node for name in node.input}
     result.graph.initializer.extend(t for t in parts.student.graph.initializer if t.name in read)
     return result

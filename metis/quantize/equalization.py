@@ -9,84 +9,77 @@ Source:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
-from metis.graph.edit import attributes_of, constants_of
+from metis.graph.connections import Connections
+from metis.graph.edit import attributes_of, constants_of, copy_proto, set_array
+from metis.quantize.folding import bias_of
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Iterator
+
+    from metis.graph.edit import Array
 
 
 #: Times all pairs are gone through; a layer between two others belongs to two pairs.
 _ROUNDS = 4
 
 
-def equalized(student: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """A folded student that computes the same with weights of more equal range.
+def equalize(student: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """Write a folded student that computes the same with weights of more equal range.
 
     Args:
-        student: `Parts.student` of `metis.folding.prepare`.
+        student: `SplitGraph.student` of `metis.quantize.folding.prepare`.
 
     Returns:
         The student, and how many pairs of layers there were.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(student)
-    weights: dict[str, NDArray[Any]] = dict(constants_of(student))
-    pairs = list(_pairs(result, weights))
+    result = copy_proto(student)
+    arrays = constants_of(student)
+    pairs = list(_pairs(result.graph, arrays))
     for _ in range(_ROUNDS):
         for first, second in pairs:
-            _balance(first, second, weights)
+            _balance(first, second, arrays)
     for tensor in result.graph.initializer:
-        if weights[tensor.name].dtype == np.float32:
-            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+        if arrays[tensor.name].dtype == np.float32:
+            set_array(tensor, arrays[tensor.name])
     return result, len(pairs)
 
 
 def _pairs(
-    model: onnx.ModelProto, weights: dict[str, NDArray[Any]]
-) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
-    graph = model.graph
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found = []
+    graph: onnx.GraphProto, arrays: dict[str, Array]
+) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:
+    connections = Connections(graph.node, graph.output)
     for first in graph.node:
-        if first.op_type != "Conv" or any(len(readers[n]) > 1 for n in first.input[1:] if n):
+        second = connections.only_consumer(first.output[0])
+        if second is not None and second.op_type == "Relu":
+            second = connections.only_consumer(second.output[0])
+        if second is None or not first.op_type == second.op_type == "Conv":
             continue
-        after = readers.get(first.output[0], [])
-        if len(after) == 1 and after[0].op_type == "Relu":
-            after = readers.get(after[0].output[0], [])
-        alone = (
-            len(after) == 1 and after[0].op_type == "Conv" and len(readers[after[0].input[1]]) == 1
-        )
-        if alone and _is_simple(after[0], weights):
-            found.append((first, after[0]))
-    return found
+        weights = [name for name in (*first.input[1:], second.input[1]) if name]
+        is_shared = any(len(connections.consumers(name)) > 1 for name in weights)
+        if not is_shared and _is_simple(second, arrays):
+            yield first, second
 
 
-def _is_simple(node: onnx.NodeProto, weights: dict[str, NDArray[Any]]) -> bool:
+def _is_simple(node: onnx.NodeProto, arrays: dict[str, Array]) -> bool:
     """Not grouped, or depthwise without a multiplier: which weights read a channel is plain."""
     group = attributes_of(node).get("group", 1)
-    return bool(group == 1 or weights[node.input[1]].shape[:2] == (group, 1))
+    return bool(group == 1 or arrays[node.input[1]].shape[:2] == (group, 1))
 
 
-def _balance(
-    first: onnx.NodeProto, second: onnx.NodeProto, weights: dict[str, NDArray[Any]]
-) -> None:
-    before, after = weights[first.input[1]], weights[second.input[1]]
+def _balance(first: onnx.NodeProto, second: onnx.NodeProto, arrays: dict[str, Array]) -> None:
+    w1, w2 = arrays[first.input[1]], arrays[second.input[1]]
     depthwise = attributes_of(second).get("group", 1) > 1
     axes = (1, 2, 3) if depthwise else (0, 2, 3)
-    r1, r2 = np.abs(before).max(axis=(1, 2, 3)), np.abs(after).max(axis=axes)
+    r1, r2 = np.abs(w1).max(axis=(1, 2, 3)), np.abs(w2).max(axis=axes)
     live = (r1 > 0) & (r2 > 0)
     s = np.where(live, np.sqrt(r1 / np.where(live, r2, 1)), 1).clip(1e-3, 1e3).astype(np.float32)
-    weights[first.input[1]] = before / s[:, None, None, None]
-    if len(first.input) > 2 and first.input[2]:
-        weights[first.input[2]] = weights[first.input[2]] / s
+    arrays[first.input[1]] = w1 / s[:, None, None, None]
+    if (bias := bias_of(first, arrays)) is not None:
+        arrays[first.input[2]] = bias / s
     shape = (-1, 1, 1, 1) if depthwise else (1, -1, 1, 1)
-    weights[second.input[1]] = after * s.reshape(shape)
+    arrays[second.input[1]] = w2 * s.reshape(shape)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from metis.graph.sessions import open_graph
+from metis.graph.edit import show_tensors
+from metis.graph.sessions import open_session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from onnxruntime import InferenceSession
 
 
 #: Bins over -2^k .. 2^k; when a value lies outside, k grows and pairs of bins are merged.
@@ -228,8 +228,8 @@ class Observer:
         self._input = model.graph.input[0].name
         names = {*self.histograms, *self._sums, *self._channels}
         self._outputs = sorted(names - {self._input})
-        self._session = _session_showing(model, self._outputs)
-        self._preamble = open_graph(preamble) if preamble is not None else None
+        self._session = open_session(show_tensors(model, self._outputs))
+        self._preamble = open_session(preamble) if preamble is not None else None
         self._batch = 1
 
     def add(self, samples: NDArray[np.float32], progress: Callable[[int], object]) -> None:
@@ -266,12 +266,3 @@ class Observer:
         if name in self.histograms:
             self.histograms[name].add(array, extremes)
         return array.nbytes
-
-
-def _session_showing(model: onnx.ModelProto, tensors: Iterable[str]) -> InferenceSession:
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    del shown.graph.output[:]
-    for name in tensors:
-        shown.graph.output.add(name=name)
-    return open_graph(shown)

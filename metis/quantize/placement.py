@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from metis.graph.connections import Connections
 from metis.graph.edit import attributes_of, constants_of
 from metis.quantize.folding import COMPUTE
 from metis.quantize.observers import Observer
@@ -14,7 +15,7 @@ from metis.quantize.observers import Observer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from metis.quantize.folding import Parts
+    from metis.quantize.folding import SplitGraph
 
 
 #: Operators whose output lies on the grid of their input.
@@ -47,36 +48,29 @@ class Placement:
 def place(core: onnx.ModelProto) -> Placement:
     """Decide where a folded graph is quantized: after every operator, fused activations aside."""
     graph = core.graph
-    fixed = {tensor.name for tensor in graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    makers: dict[str, onnx.NodeProto] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-        for name in node.output:
-            makers[name] = node
+    constants = constants_of(core)
+    connections = Connections(graph.node, graph.output)
     fused = {}
     for node in graph.node:
-        if node.op_type in ("Relu", "Clip") and _is_saturation(node, constants_of(core)):
-            before = makers.get(node.input[0])
-            alone = len(readers[node.input[0]]) == 1 and node.input[0] != graph.output[0].name
-            if before is not None and before.op_type in _SATURATING and alone:
+        if node.op_type in ("Relu", "Clip") and _is_saturation(node, constants):
+            producer = connections.producer(node.input[0])
+            is_only = connections.only_consumer(node.input[0]) is not None
+            if producer is not None and producer.op_type in _SATURATING and is_only:
                 fused[node.input[0]] = node
     root = {graph.input[0].name: graph.input[0].name}
     for node in graph.node:
         for name in node.output:
-            if name and name not in fused and name not in fixed:
+            if name and name not in fused and name not in constants:
                 root[name] = root[node.input[0]] if node.op_type in _SAME_GRID else name
     own = tuple(name for name, of in root.items() if name == of)
     shared = {of for name, of in root.items() if name != of}
-    channels = {t.name: t.dims for t in graph.initializer}
     depthwise = tuple(
         name
         for name in own
         if name not in shared
         and name != graph.input[0].name  # its grid goes to the device's host as two numbers
-        and readers.get(name)
-        and all(_is_depthwise(node, channels) for node in readers[name])
+        and (consumers := connections.consumers(name))
+        and all(_is_depthwise(node, constants) for node in consumers)
     )
     return Placement(own, root, fused, depthwise)
 
@@ -87,9 +81,9 @@ def _is_saturation(node: onnx.NodeProto, constants: Mapping[str, Any]) -> bool:
     return len(node.input) > 2 and float(constants[node.input[1]]) == 0
 
 
-def _is_depthwise(node: onnx.NodeProto, dims: Mapping[str, Any]) -> bool:
+def _is_depthwise(node: onnx.NodeProto, constants: Mapping[str, Any]) -> bool:
     group = attributes_of(node).get("group", 1)
-    return bool(node.op_type == "Conv" and group > 1 and dims[node.input[1]][1] == 1)
+    return bool(node.op_type == "Conv" and group > 1 and constants[node.input[1]].shape[1] == 1)
 
 
 def compute_nodes(core: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
@@ -97,7 +91,7 @@ def compute_nodes(core: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     return (node for node in core.graph.node if node.op_type in COMPUTE)
 
 
-def watch(parts: Parts) -> Observer:
+def watch(parts: SplitGraph) -> Observer:
     """An observer of everything that a student's quantization needs to know."""
     placement = place(parts.core)
     return Observer(

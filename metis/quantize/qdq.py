@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from metis.graph.edit import constants_of
-from metis.quantize.folding import COMPUTE
+from metis.graph.edit import constants_of, copy_proto, set_inputs
+from metis.quantize.folding import COMPUTE, bias_of
 from metis.quantize.grids import (
     UINT8_SHIFT,
     Grid,
@@ -48,7 +48,7 @@ def quantized_graph(
     """Write a folded float graph as QDQ: opset 17, free batch, float ends.
 
     Args:
-        core: of `metis.folding.prepare`.
+        core: of `metis.quantize.folding.prepare`.
         ranges: of its tensors.
         scheme: `hybrid_per_tensor_per_channel` gives inputs of depthwise convolutions a grid per
             channel; the others differ in how the ranges were chosen.
@@ -138,12 +138,11 @@ class _Writer:
             inputs = [self._input(name, int8) for name in node.input]
         stored = [int8 and name in self._placement.root for name in made]
         raw = [f"{n}/float" if is_stored else n for n, is_stored in zip(made, stored, strict=True)]
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
-        del copied.input[:], copied.output[:]
-        copied.input.extend(inputs)
-        copied.output.extend(raw)
-        self._nodes.append(copied)
+        copy = copy_proto(node)
+        set_inputs(copy, inputs)
+        del copy.output[:]
+        copy.output.extend(raw)
+        self._nodes.append(copy)
         for name, before, is_stored in zip(made, raw, stored, strict=True):
             if is_stored:
                 last = name == self._core.graph.output[0].name
@@ -205,7 +204,7 @@ class _Writer:
     def _weights(self, node: onnx.NodeProto) -> list[str]:
         axis, made = channel_axis(node), node.output[0]
         weight = self._constants[node.input[1]]
-        bias = self._constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
+        bias = bias_of(node, self._constants)
         source = self._grids[self._placement.root[node.input[0]]].scale
         source = np.repeat(source, weight.shape[axis] // len(source))  # one per output channel
         scales = weight_scales(weight, bias, source, axis)

@@ -14,8 +14,8 @@ import onnx
 
 from metis.emulator.backend import Emulator, observer_of
 from metis.quantize.baking import baked
-from metis.quantize.equalization import equalized
-from metis.quantize.folding import Parts, prepare
+from metis.quantize.equalization import equalize
+from metis.quantize.folding import SplitGraph, prepare
 from metis.quantize.placement import compute_nodes, watch
 from metis.quantize.ranges import RangeError, Ranges, choose
 from pipeline.params.calibrate import CalibrateParams
@@ -52,7 +52,7 @@ class Recipe:
 class Calibrated:
     """A float student whose tensors have been watched."""
 
-    parts: Parts
+    parts: SplitGraph
     seen: Observer
     pairs: int  # of layers that equalization moved scale between
 
@@ -100,12 +100,12 @@ def watched(
     return Calibrated(parts, seen, pairs)
 
 
-def prepare_student(student: Path, recipe: Recipe) -> tuple[Parts, int]:
+def prepare_student(student: Path, recipe: Recipe) -> tuple[SplitGraph, int]:
     """The folded student, equalized if the recipe says so, and how many pairs of layers were."""
     parts = prepare(onnx.load(student))
     if not recipe.equalization:
         return parts, 0
-    moved, pairs = equalized(parts.student)
+    moved, pairs = equalize(parts.student)
     return prepare(moved), pairs
 
 

@@ -14,7 +14,7 @@ from msgspec.structs import asdict, astuple
 from metis.backend import SCHEMES
 from metis.emulator.execute import int8_logits, run_graphs
 from metis.emulator.kernels import arithmetic
-from metis.quantize.folding import Parts, prepare
+from metis.quantize.folding import SplitGraph, prepare
 from metis.quantize.placement import compute_nodes, place, watch
 from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import Ranges
@@ -180,7 +180,10 @@ def sensitivity(
 
 
 def _logits(
-    parts: Parts, core: onnx.ModelProto, options: Mapping[str, str], frames: NDArray[np.float32]
+    parts: SplitGraph,
+    core: onnx.ModelProto,
+    options: Mapping[str, str],
+    frames: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     return run_graphs([(parts.preamble, {}), (core, options), (parts.postamble, {})], frames)
 

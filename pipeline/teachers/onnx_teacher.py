@@ -91,9 +91,9 @@ def _session(
     wanted = [*(logits or [model.graph.output[0].name]), *features]
     try:
         if wanted == [value.name for value in model.graph.output]:
-            return open_session(path, threads, cuda=True)
+            return open_session(path, threads=threads, cuda=True)
         whole = onnx.load(path)  # with its weights: a model in memory has no folder to look in
-        return open_session(with_outputs(whole, wanted).SerializeToString(), threads, cuda=True)
+        return open_session(with_outputs(whole, wanted), threads=threads, cuda=True)
     except GraphError as error:
         raise InputError(f"{path.name}: {error}") from error
     except Exception as error:  # onnxruntime's exceptions share no narrower base

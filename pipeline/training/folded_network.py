@@ -1,7 +1,7 @@
 """A folded student as a torch network, with the emulator's int8 grid in it where that is wanted.
 
 It runs the nodes of the ONNX graph one by one, so tensors and weights have the names they have for
-`metis.quantizer`, and fake quantization lies where the emulator quantizes, by construction.
+`metis.quantize`, and fake quantization lies where the emulator quantizes, by construction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from metis.graph.edit import attributes_of, constants_of, with_batch
+from metis.graph.edit import attributes_of, constants_of, copy_proto, set_array, with_batch
 from metis.quantize.folding import COMPUTE, prepare
 from metis.quantize.grids import channel_axis, tensor_grid
 from metis.quantize.placement import place
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from metis.quantize.folding import Parts
+    from metis.quantize.folding import SplitGraph
     from metis.quantize.ranges import Ranges
 
 
 #: Operators whose constant operands are int8 too, on a grid of their own.
 _ELEMENTWISE = ("Add", "Concat", "Mul", "Sub")
 
-#: Bits of the bias code, see `metis.quantizer.weight_scales`.
+#: Bits of the bias code, see `metis.quantize.grids.weight_scales`.
 _BIAS_BITS = 30
 
 
@@ -67,11 +67,11 @@ class FoldedNetwork(nn.Module):
         Jacob et al. 2018, section 3 (simulated quantization).
     """
 
-    def __init__(self, parts: Parts, ranges: Ranges | None = None) -> None:
+    def __init__(self, parts: SplitGraph, ranges: Ranges | None = None) -> None:
         """Take the weights of the graph.
 
         Args:
-            parts: of `metis.folding.prepare`.
+            parts: of `metis.quantize.folding.prepare`.
             ranges: of the core's tensors; None: everything in float.
 
         Raises:
@@ -117,12 +117,11 @@ class FoldedNetwork(nn.Module):
 
     def exported(self) -> onnx.ModelProto:
         """The folded float graph, batch 1, with the present weights and nothing else changed."""
-        result = onnx.ModelProto()
-        result.CopyFrom(self._parts.student)
+        result = copy_proto(self._parts.student)
         for tensor in result.graph.initializer:
             if (name := _attribute(tensor.name)) in self.weights:
                 value = self.weights[name].detach().cpu().numpy()
-                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+                set_array(tensor, value)
         return result
 
     def _take_constants(self, graph: onnx.GraphProto) -> None:
@@ -190,7 +189,7 @@ class FoldedNetwork(nn.Module):
 
 
 def weight_scales(weight: Tensor, bias: Tensor | None, input_scale: float, axis: int) -> Tensor:
-    """`metis.quantizer.weight_scales` where the weights are: no step waits for a copy to the host.
+    """`metis.quantize.grids.weight_scales` on the weights' device: no copy to the host per step.
 
     Args:
         weight: float32; `axis` runs over the output channels.

@@ -6,7 +6,7 @@ from onnx import helper
 
 from metis.backend import BackendError
 from metis.emulator.execute import run_graphs
-from metis.quantize.equalization import equalized
+from metis.quantize.equalization import equalize
 from metis.quantize.folding import prepare
 
 RANDOM = np.random.default_rng
@@ -111,7 +111,7 @@ def test_an_operator_in_the_middle_is_refused_by_name():
 @pytest.mark.parametrize("seed", range(3))
 def test_equalization_changes_the_weights_and_not_the_network(seed):
     model = prepare(plain_network(seed, spread=20.0)).student
-    moved, pairs = equalized(model)
+    moved, pairs = equalize(model)
     assert pairs == 3  # dense-dense, dense-depthwise, depthwise-dense
     batch = frames(model)
     expected = one_by_one(model, batch)
@@ -131,7 +131,7 @@ def unevenness(model):
 
 def test_what_several_layers_read_is_not_equalized():
     model = prepare(residual_network(0)).student
-    moved, pairs = equalized(model)
+    moved, pairs = equalize(model)
     assert pairs == 2  # w2-w3 over a Relu, w5-w6; not over HardSwish, Clip, or into the Add
     batch = frames(model)
     assert np.allclose(one_by_one(moved, batch), one_by_one(model, batch), atol=1e-4)

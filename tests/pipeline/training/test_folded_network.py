@@ -19,8 +19,8 @@ from rounding import UNIT, assert_codes, widest
 from metis.emulator.device_tensors import device_specs
 from metis.emulator.execute import int8_logits, put_on_grid, run_graphs
 from metis.emulator.kernels import arithmetic
-from metis.graph.edit import constants_of, with_batch
-from metis.graph.sessions import open_graph, open_with_options
+from metis.graph.edit import constants_of, show_tensors, with_batch
+from metis.graph.sessions import open_session
 from metis.quantize import grids
 from metis.quantize.folding import prepare
 from metis.quantize.grids import UINT8_SHIFT
@@ -72,16 +72,6 @@ def logits(network, frames):
         return network(torch.from_numpy(frames)).numpy()
 
 
-def showing(model, tensors):
-    """A copy of a graph that gives these tensors and nothing else."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    del copy.graph.output[:]
-    for name in tensors:
-        copy.graph.output.add(name=name)
-    return copy
-
-
 class Fed(FoldedNetwork):
     """The folded network, each of whose steps gets what the other side has made up to there.
 
@@ -122,7 +112,7 @@ def assert_float_steps(parts, frames):
     """In float, every step of the torch network gives what onnxruntime gives."""
     model = with_batch(parts.student, "N")
     names = [name for node in model.graph.node for name in node.output]
-    session = open_graph(showing(model, names))
+    session = open_session(show_tensors(model, names))
     made = session.run(names, {session.get_inputs()[0].name: frames})
     other = dict(zip(names, made, strict=True))
 
@@ -142,9 +132,7 @@ def assert_int8_steps(parts, frames, build=Fed):
     quantized = quantized_graph(parts.core, ranges, scheme=SCHEME)
     stored = [node for node in quantized.graph.node if node.op_type == "QuantizeLinear"]
     names = [node.output[0] for node in stored]
-    session = open_with_options(
-        showing(quantized, names).SerializeToString(), arithmetic(SCHEME)[1]
-    )
+    session = open_session(show_tensors(quantized, names), options=arithmetic(SCHEME)[1])
     fed = put_on_grid(frames, device_specs(quantized)[0])
     made = session.run(names, {session.get_inputs()[0].name: fed})
     constants, codes, grids = constants_of(quantized), {}, {}
@@ -385,7 +373,7 @@ def test_every_operator_of_the_chip_computes_what_onnxruntime_does(case):
     used = {name for node in nodes for name in node.input}
     kept = {name: value for name, value in CONSTANTS.items() if name in used}
     rough = graph(nodes, kept, (64, 6, 6), ["n"])
-    width = open_graph(rough).run(None, {"input": frames[:1]})[0].shape[1]
+    width = open_session(rough).run(None, {"input": frames[:1]})[0].shape[1]
     parts = prepare(graph(nodes, kept, (64, 6, 6), [width]))
     assert_float_steps(parts, frames)
     assert_int8_steps(parts, frames)
