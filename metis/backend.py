@@ -50,6 +50,7 @@ class SdkOptions:
 
     extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of its configuration
     time_limit_s: float = 14_400.0  # for one piece of work; vendors speak of hours for big models
+    python: str = ""  # its interpreter; empty: $KDPIPE_SDK_PYTHON, or the one that we run in
 
 
 @dataclass(frozen=True)
@@ -166,24 +167,26 @@ class Backend(Protocol):
         """Lower the int8 model to device code, and prove that it loads where it can be run."""
 
 
-def backend_tools(name: str) -> tuple[str, ...] | dict[str, str | None]:
+def backend_tools(
+    name: str, options: SdkOptions | None = None
+) -> tuple[str, ...] | dict[str, str | None]:
     """The distributions whose version can change what this backend makes.
 
     For a backend with an SDK also their versions in the SDK's interpreter, null where it has none.
     """
     if name not in _WITH_SDK:
         return _TOOLS[name]
-    versions = open_backend(name).probe().versions
+    versions = open_backend(name, options).probe().versions
     return {tool: versions.get(tool) for tool in _TOOLS[name]}
 
 
-def require_backend(name: str) -> None:
+def require_backend(name: str, options: SdkOptions | None = None) -> None:
     """Refuse a backend that can't work on this machine.
 
     Raises:
         BackendMissingError: says what is missing and how to get it.
     """
-    probe = open_backend(name).probe()
+    probe = open_backend(name, options).probe()
     if not probe.available:
         raise BackendMissingError(probe.missing)
 

@@ -42,7 +42,7 @@ class Voyager:
 
     def probe(self) -> Probe:
         """Releases of devkit, rt, Python and torch in the SDK's interpreter. See `Backend`."""
-        found = find_interpreter()
+        found = find_interpreter(self._options.python)
         versions = dict(found.versions) if "axelera-devkit" in found.versions else {}
         return Probe(not found.problem, versions, found.problem)
 
@@ -72,7 +72,7 @@ class Voyager:
             into.mkdir(parents=True)
             shutil.move(folder / "work" / EXPORT, into / EXPORT)
         shutil.copyfile(student, into / FLOAT_ONNX)
-        interpreter = find_interpreter()
+        interpreter = find_interpreter(self._options.python)
         record = {"versions": interpreter.versions, **said}
         (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         made = QuantizedModel(
@@ -128,7 +128,7 @@ class Voyager:
         into.mkdir(parents=True)
         found = collect(work_folder, into)
         _check(found, into, cores)
-        interpreter = find_interpreter()
+        interpreter = find_interpreter(self._options.python)
         record = {
             "versions": interpreter.versions,
             "manifest_version": found.manifest_version,
@@ -171,6 +171,7 @@ class Voyager:
             {"extra": dict(self._options.extra), **request},
             folder,
             time_limit_s=self._options.time_limit_s,
+            python=self._options.python,
             progress=progress,
         )
 

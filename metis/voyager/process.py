@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 
-#: Names the SDK's interpreter where `compile.sdk_python` does not; the config sets it, too.
+#: Names the SDK's interpreter where `compile.sdk_python` does not.
 PYTHON_VARIABLE = "KDPIPE_SDK_PYTHON"
 
 _CHILD = Path(__file__).with_name("child.py")
@@ -78,9 +78,9 @@ class Interpreter:
         return self.versions["axelera-devkit"]
 
 
-def find_interpreter() -> Interpreter:
-    """The interpreter that the environment names, else the one we run in; never raises."""
-    named = os.environ.get(PYTHON_VARIABLE, "")
+def find_interpreter(named: str = "") -> Interpreter:
+    """The interpreter of this path, else of $KDPIPE_SDK_PYTHON, else ours; never raises."""
+    named = named or os.environ.get(PYTHON_VARIABLE, "")
     python = shutil.which(Path(named).expanduser()) if named else sys.executable
     if python is None:
         problem = f"there is no Python at {named} (compile.sdk_python, ${PYTHON_VARIABLE})"
@@ -88,9 +88,9 @@ def find_interpreter() -> Interpreter:
     return _examine(str(Path(python).absolute()), os.environ.get("PYTHONPATH", ""))
 
 
-def python_with_runtime(runtime: str) -> str:
+def python_with_runtime(runtime: str, named: str = "") -> str:
     """The interpreter that runs models of a runtime: the SDK's for "axelera", if it has one."""
-    found = find_interpreter()
+    found = find_interpreter(named)
     if runtime == "axelera" and "axelera-rt" in found.versions:
         return found.python
     return sys.executable
@@ -141,6 +141,7 @@ def work(
     folder: Path,
     *,
     time_limit_s: float,
+    python: str = "",
     progress: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Any]:
     """Have the SDK's interpreter do one piece of work, in a process and a folder of its own.
@@ -152,13 +153,14 @@ def work(
         request: what the verb needs; paths of results are relative to `folder / "work"`.
         folder: to be made; the child's working folder is its subfolder `work`, empty at first.
         time_limit_s: seconds after which it is ended.
+        python: the SDK's interpreter, see `find_interpreter`.
         progress: called with the number of calibration samples just done.
 
     Raises:
         BackendMissingError: there is no usable SDK, or its import fails.
         BackendError: it failed, was ended, or died; its own words are in the message.
     """
-    interpreter = find_interpreter()
+    interpreter = find_interpreter(python)
     if interpreter.problem:
         raise BackendMissingError(interpreter.problem)
     (folder / "work").mkdir(parents=True)

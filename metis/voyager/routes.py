@@ -76,6 +76,7 @@ def compile_with_axcompile(
             },
             folder,
             time_limit_s=options.time_limit_s,
+            python=options.python,
         )
         return Voyager(options).adopt(model, folder / "work", into, aipu_cores, said)
 
@@ -123,5 +124,6 @@ def compile_with_deploy(
             },
             folder,
             time_limit_s=options.time_limit_s,
+            python=options.python,
         )
         return Voyager(options).adopt(model, folder / "work", into, aipu_cores, said)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metis.backend import CompiledModel, QuantizedModel, open_backend
+from metis.backend import CompiledModel, QuantizedModel, SdkOptions, open_backend
 from pipeline.data.dataset import StudentData
 from pipeline.delivery.device_run import deploy_folder
 from pipeline.networks.inference import reference_logits
@@ -39,6 +39,7 @@ def assemble_bundle(
     *,
     golden_samples: int,
     limits: BundleLimits,
+    sdk: SdkOptions | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a bundle that needs nothing but Python, numpy and the model's runtime.
@@ -50,6 +51,7 @@ def assemble_bundle(
         folder: folder to fill, or to make.
         golden_samples: validation images that prove the bundle where it runs.
         limits: what kdbench accepts there.
+        sdk: options for the SDK, where it quantized the model.
         progress: called with the number of test images that the float student has just answered.
     """
     data = StudentData(inputs)
@@ -60,7 +62,7 @@ def assemble_bundle(
         shutil.copyfile(inputs[name], folder / inputs[name].name)
     for yaml in inputs.device_pipeline.glob("*.yaml"):
         shutil.copyfile(yaml, folder / "pipeline.yaml")
-    _save_arrays(folder / "golden.npz", _golden(inputs, data, golden_samples))
+    _save_arrays(folder / "golden.npz", _golden(inputs, data, golden_samples, sdk))
     _save_arrays(folder / "test.npz", _test(inputs, data, progress))
     package = Path(__file__).resolve().parents[2] / "preprocessing"
     (folder / "preprocessing").mkdir()
@@ -103,6 +105,7 @@ def write_bundle(job: Job, params: BenchmarkParams) -> None:
             job.outputs.bundle,
             golden_samples=params.golden_samples,
             limits=params.bundle_limits,
+            sdk=params.sdk,
             progress=bar.update,
         )
 
@@ -123,17 +126,23 @@ def write_whole(state: RunState, dest: Path) -> int:
     params = state.config.params["benchmark"]
     with new_folder(dest) as folder:
         assemble_bundle(
-            state.paths, folder, golden_samples=params.golden_samples, limits=params.bundle_limits
+            state.paths,
+            folder,
+            golden_samples=params.golden_samples,
+            limits=params.bundle_limits,
+            sdk=params.sdk,
         )
     return sum(1 for _ in folder_files(dest))
 
 
-def _golden(inputs: Artifacts, data: StudentData, count: int) -> dict[str, NDArray[np.generic]]:
+def _golden(
+    inputs: Artifacts, data: StudentData, count: int, sdk: SdkOptions | None
+) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), tensors (float32, NCHW), logits (float32, of the int8 host model)."""
     golden = data.val.spread(count)
     tensors = data.tensors(golden)
     quantized = QuantizedModel.load(inputs.quantized_model)
-    logits = open_backend(quantized.backend).infer(quantized, tensors)
+    logits = open_backend(quantized.backend, sdk).infer(quantized, tensors)
     return {"images": golden.images, "tensors": tensors, "logits": logits}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import onnx
 
-from metis.backend import CompiledModel, QuantizedModel, SdkOptions, open_backend
+from metis.backend import CompiledModel, QuantizedModel, open_backend
 from metis.estimate.cost_model import Settings
 from metis.estimate.estimator import estimate
 from metis.voyager.backend import RECORD
@@ -28,7 +28,7 @@ def lower_model(job: Job, params: CompileParams, model: QuantizedModel) -> Compi
     Raises:
         BackendError: the backend, or a tool of the SDK, refuses the model.
     """
-    options = SdkOptions(extra=params.extra, time_limit_s=params.time_limit)
+    options = params.sdk
     target, cores = job.outputs.compiled_model, params.aipu_cores
     if params.backend == "emulator" or params.route == "api":
         return open_backend(params.backend, options).compile(model, target, aipu_cores=cores)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from pipeline.run.parameters import UNKEYED, Params, same_as
+from metis.backend import SdkOptions
+from pipeline.run.parameters import PROGRAM, UNKEYED, Params, same_as
 
 #: Artifacts that a bundle is made of.
 BUNDLED = (
@@ -58,6 +59,7 @@ class BenchmarkParams(Params, frozen=True):
     backend: Annotated[
         Literal["emulator", "voyager"] | None, same_as("compile.backend"), UNKEYED
     ] = None
+    sdk_python: Annotated[str | None, same_as("compile.sdk_python"), PROGRAM] = None
     golden_samples: Annotated[int, Meta(ge=1)] = 32  # validation patches that prove the bundle
     max_png_levels: Annotated[float, Meta(ge=0), UNKEYED] = 1.0  # grey levels, when bilinear
     max_yaml_difference: Annotated[float, Meta(ge=0), UNKEYED] = 1e-5  # standard deviations
@@ -65,6 +67,11 @@ class BenchmarkParams(Params, frozen=True):
         float | None, same_as("distill.max_export_difference"), UNKEYED
     ] = None
     max_int8_loss: Annotated[float | None, same_as("calibrate.max_int8_loss"), UNKEYED] = None
+
+    @property
+    def sdk(self) -> SdkOptions:
+        """What is asked of the SDK."""
+        return SdkOptions(python=self.sdk_python or "")
 
     @property
     def limits(self) -> Limits:

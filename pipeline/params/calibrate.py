@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
-from pipeline.run.parameters import PATH, UNKEYED, Params, same_as
+from metis.backend import SdkOptions
+from pipeline.run.parameters import PATH, PROGRAM, UNKEYED, Params, same_as
 
 Observer = Literal["mse", "percentile", "entropy", "min_max"]
 
@@ -29,4 +30,11 @@ class CalibrateParams(Params, frozen=True):
     try_schemes: Annotated[Literal["all"] | None, same_as("compile.try_schemes")] = None
     extra: Annotated[dict[str, Any] | None, same_as("compile.extra")] = None
     time_limit: Annotated[float | None, same_as("compile.time_limit"), UNKEYED] = None
+    sdk_python: Annotated[str | None, same_as("compile.sdk_python"), PROGRAM] = None
     max_int8_loss: Annotated[float, Meta(gt=0), UNKEYED] = 1.0  # points of top-1
+
+    @property
+    def sdk(self) -> SdkOptions:
+        """What is asked of the SDK."""
+        limit = self.time_limit or SdkOptions.time_limit_s
+        return SdkOptions(self.extra or {}, limit, self.sdk_python or "")

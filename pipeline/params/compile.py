@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
-from metis.voyager.process import PYTHON_VARIABLE
-from pipeline.run.parameters import UNKEYED, Params, environment
+from metis.backend import SdkOptions
+from pipeline.run.parameters import PROGRAM, UNKEYED, Params
 
 
 class CompileParams(Params, frozen=True):
@@ -15,7 +15,7 @@ class CompileParams(Params, frozen=True):
 
     backend: Literal["emulator", "voyager"] = "emulator"
     aipu_cores: Annotated[int, Meta(ge=1, le=4)] = 1  # also the batch of one call
-    sdk_python: Annotated[str | None, environment(PYTHON_VARIABLE)] = None  # the SDK's interpreter
+    sdk_python: Annotated[str | None, PROGRAM] = None  # the SDK's interpreter
     extra: dict[str, Any] = field(default_factory=dict)  # more fields of the SDK's CompilerConfig
     route: Literal["api", "axcompile", "deploy"] = "api"  # of the SDK, from student to artifacts
     try_schemes: Annotated[Literal["all"] | None, UNKEYED] = None  # calibrate tries them
@@ -23,3 +23,8 @@ class CompileParams(Params, frozen=True):
     sdk_release: Literal["1.2", "1.3", "1.4", "1.5", "1.6", "1.7", "1.8"] = "1.8"  # for the YAML
     path_prefix: str = ""  # put before file names in the YAML: where the folder will lie
     max_constant_error: Annotated[float, Meta(gt=0), UNKEYED] = 0.05  # standard deviations
+
+    @property
+    def sdk(self) -> SdkOptions:
+        """What is asked of the SDK."""
+        return SdkOptions(self.extra, self.time_limit, self.sdk_python or "")

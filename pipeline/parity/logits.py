@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from metis.backend import QuantizedModel, open_backend
+from metis.backend import QuantizedModel, SdkOptions, open_backend
 from pipeline.data.dataset import DatasetSplit, StudentData
 from pipeline.facts import ComparisonFacts, ExportFacts
 from pipeline.networks.export import compare_export, torch_logits
@@ -47,10 +47,14 @@ def export_values(
 
 
 def compare_int8(
-    onnx: Path, model: QuantizedModel, data: StudentData, split: DatasetSplit
+    onnx: Path,
+    model: QuantizedModel,
+    data: StudentData,
+    split: DatasetSplit,
+    sdk: SdkOptions | None = None,
 ) -> ComparisonFacts:
     """The float student against its int8 model on the host, on some patches."""
-    infer = partial(open_backend(model.backend).infer, model)
+    infer = partial(open_backend(model.backend, sdk).infer, model)
     exact, int8 = answers(split.images, data.student_input, reference_network(onnx), infer)
     loss, interval = paired_difference(
         exact.argmax(axis=1) == split.labels, int8.argmax(axis=1) == split.labels

@@ -48,7 +48,9 @@ def verify_parity(state: RunState) -> list[JudgedLeg]:
         params = state.config.params["distill"]
         export = export_values(params, weights, data, paths.student)
     model = QuantizedModel.load(paths.quantized_model)
-    comparison = compare_int8(paths.student, model, data, data.val)
+    comparison = compare_int8(
+        paths.student, model, data, data.val, state.config.params["calibrate"].sdk
+    )
     legs = [
         *image_legs(data, paths.device_pipeline, state.config.run),
         export_leg(facts.distill, export),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +78,8 @@ def load_config(
         stage: read_section(section, stages[stage].params, stage, name)
         for stage, section in sections.items()
     }
-    for section in params.values():
-        _set_environment(section, path.absolute().parent)
+    root = path.absolute().parent
+    params = {stage: _locate_programs(section, root) for stage, section in params.items()}
     return Config(
         path=path.absolute(),
         run=run_name,
@@ -89,12 +88,14 @@ def load_config(
     )
 
 
-def _set_environment(section: Params, root: Path) -> None:
-    """Give programs that parameters name to whoever looks into the environment."""
-    for name, notes in marks(type(section)).items():
-        program = getattr(section, name)
-        if "environment" in notes and program:
-            os.environ[notes["environment"]] = str(root / Path(program).expanduser())
+def _locate_programs(section: Params, root: Path) -> Params:
+    """Make the paths of programs absolute; relative ones start at the config's folder."""
+    programs = {
+        name: str(root / Path(program).expanduser())
+        for name, notes in marks(type(section)).items()
+        if "program" in notes and (program := getattr(section, name))
+    }
+    return replace(section, **programs)
 
 
 def _filled(section: Params, params: Mapping[str, Params]) -> Params:

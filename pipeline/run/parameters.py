@@ -23,13 +23,8 @@ PATH = Meta(extra={"path": True})
 UNKEYED = Meta(extra={"unkeyed": True})
 
 
-def environment(variable: str) -> Meta:
-    """Marks the path of a program that everything here finds in an environment variable.
-
-    Given, it sets the variable; left null, the variable counts. Not keyed: the program's version
-    says what changed, not where it lies.
-    """
-    return Meta(extra={"environment": variable, "unkeyed": True})
+#: Marks the path of a program; not keyed, for its version says what changed, not where it lies.
+PROGRAM = Meta(extra={"program": True, "unkeyed": True})
 
 
 def same_as(parameter: str) -> Meta:

@@ -56,7 +56,8 @@ def start_kdbench(job: Job, params: BenchmarkParams, samples: Path) -> str:
         remote = RemoteHost(params.host, params.ssh_options, params.remote_python)
         return run_remote(remote, bundle, params.kdbench_arguments, samples, limit)
     runtime = CompiledModel.load(job.inputs.compiled_model).runtime
-    return run_local(bundle, params.kdbench_arguments, samples, limit, python_with_runtime(runtime))
+    python = python_with_runtime(runtime, params.sdk.python)
+    return run_local(bundle, params.kdbench_arguments, samples, limit, python)
 
 
 def gates(params: BenchmarkParams, facts: BenchmarkFacts) -> list[Gate]:
@@ -82,7 +83,7 @@ def tools(params: BenchmarkParams) -> dict[str, str | None]:
     """What computes and measures here; a runtime on another host is only known by measuring."""
     versions = {"onnxruntime": installed("onnxruntime")}
     if params.backend == "voyager" and not params.host:
-        versions["axelera-rt"] = find_interpreter().versions.get("axelera-rt")
+        versions["axelera-rt"] = find_interpreter(params.sdk.python).versions.get("axelera-rt")
     return versions
 
 

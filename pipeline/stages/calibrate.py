@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import asdict, replace
 
-from metis.backend import SCHEMES, SdkOptions, backend_tools, open_backend, require_backend
+from metis.backend import SCHEMES, backend_tools, open_backend, require_backend
 from pipeline.facts import CalibrateFacts
 from pipeline.params.calibrate import CalibrateParams
 from pipeline.run.errors import InputError
@@ -122,8 +122,7 @@ def _quantized(
     from pipeline.calibration.schemes import quantize_best
     from pipeline.parity.logits import compare_int8
 
-    options = SdkOptions(params.extra or {}, params.time_limit or SdkOptions.time_limit_s)
-    backend = open_backend(str(params.backend), options)
+    backend = open_backend(str(params.backend), params.sdk)
 
     def quantize(scheme: str, into: Path) -> QuantizedModel:
         calibrated.ranges(recipe.under(scheme)).save(job.outputs.ranges)
@@ -139,7 +138,7 @@ def _quantized(
 
     model, figures, tried = quantize_best(
         quantize,
-        lambda model: compare_int8(job.inputs.student, model, data, data.val),
+        lambda model: compare_int8(job.inputs.student, model, data, data.val, params.sdk),
         SCHEMES if params.try_schemes else (params.scheme,),
         job.outputs.quantized_model,
     )
@@ -221,7 +220,7 @@ def ready(params: CalibrateParams) -> None:
             "calibrate.ranges_file has the range of every tensor, so calibrate.ranges and "
             "calibrate.observer change nothing; edit the file, or leave it out"
         )
-    require_backend(str(params.backend))
+    require_backend(str(params.backend), params.sdk)
 
 
 STAGE = Stage(
@@ -239,6 +238,6 @@ STAGE = Stage(
     gates=gates,
     gate_names=("int8_loss",),
     ready=ready,
-    tools=lambda params: backend_tools(str(params.backend)),
+    tools=lambda params: backend_tools(str(params.backend), params.sdk),
     code_version=2,
 )

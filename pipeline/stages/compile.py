@@ -68,6 +68,6 @@ STAGE = Stage(
     run=run,
     gates=gates,
     gate_names=("device_constants",),
-    ready=lambda params: require_backend(params.backend),
-    tools=lambda params: backend_tools(params.backend),
+    ready=lambda params: require_backend(params.backend, params.sdk),
+    tools=lambda params: backend_tools(params.backend, params.sdk),
 )

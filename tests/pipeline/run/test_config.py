@@ -1,5 +1,6 @@
 import os
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -60,12 +61,18 @@ def test_the_interpreter_of_the_sdk_is_relative_to_the_config_and_told_to_everyb
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("KDPIPE_SDK_PYTHON", "/from/the/shell")
-    load(tmp_path, MINIMAL)
-    assert os.environ["KDPIPE_SDK_PYTHON"] == "/from/the/shell"
-    load(tmp_path, MINIMAL + "compile: {sdk_python: sdk/bin/python}")
-    assert os.environ["KDPIPE_SDK_PYTHON"] == str(tmp_path / "sdk/bin/python")
-    load(tmp_path, MINIMAL, changes=["compile.sdk_python=/opt/python"])
-    assert os.environ["KDPIPE_SDK_PYTHON"] == "/opt/python"
+
+    def pythons(text, **options):
+        params = load(tmp_path, MINIMAL + text, **options).params
+        assert os.environ["KDPIPE_SDK_PYTHON"] == "/from/the/shell"
+        return [params[stage].sdk.python for stage in ("calibrate", "compile", "benchmark")]
+
+    assert pythons("") == ["", "", ""]
+    assert pythons("compile: {sdk_python: sdk/bin/python}") == 3 * [
+        str(tmp_path / "sdk/bin/python")
+    ]
+    assert pythons("", changes=["compile.sdk_python=/opt/python"]) == 3 * ["/opt/python"]
+    assert pythons("calibrate: {sdk_python: ~/python}")[0] == str(Path("~/python").expanduser())
 
 
 @pytest.mark.parametrize(
