@@ -31,7 +31,7 @@ from torch.nn import functional
 from metis.voyager.device_constants import exact_range
 from pipeline.data.synthetic import SIZE, write_so2sat
 from preprocessing.apply import encode, normalized, scale, student_tensor, teacher_tensor
-from preprocessing.contract import Scaling, ZScore
+from preprocessing.contract import Channels, Scaling, ZScore
 from preprocessing.student_input import StudentInput, linear_encoding
 
 if TYPE_CHECKING:
@@ -132,22 +132,24 @@ def make_splits(train: int, test: int, smoothed: int = 1) -> Splits:
     elsewhere = [read_synthetic(test // len(others), seed, smoothed) for seed in others]
     values = scale(patches[:train], SCALING).reshape(-1, len(RGB)).astype(np.float64)
     zscore = ZScore(tuple(values.mean(axis=0)), tuple(values.std(axis=0)))
-    contract = student_input([SCALING.dst_range] * len(RGB), zscore)
+    channels = Channels("optical", tuple(range(len(RGB))), SCALING, zscore)
+    contract = student_input([SCALING.dst_range] * len(RGB), channels)
     # Grey levels of the public script are reflectance times 255; here in contract units.
-    stretched = student_input([(0.0, SCALING.gain)] * len(RGB), zscore)
+    stretched = student_input([(0.0, SCALING.gain)] * len(RGB), channels)
     ends = np.percentile(values, PERCENTILES, axis=0)
     fitted = student_input(
-        [exact_range(*some) for some in zip(zscore.mu, zscore.sigma, *ends, strict=True)], zscore
+        [exact_range(*some) for some in zip(zscore.mu, zscore.sigma, *ends, strict=True)],
+        channels,
     )
 
     def split(reflectance: NDArray[np.float64], labels: NDArray[np.int64]) -> Split:
         def rounded(given: StudentInput) -> NDArray[np.float32]:
-            return student_tensor(encode(reflectance, SCALING, given), given)
+            return student_tensor(encode(reflectance, channels, given), given)
 
         truncated = np.clip(scale(reflectance, SCALING), 0, 255).astype(np.uint8)
         script = (np.clip(reflectance, 0, 1) * 255).astype(np.uint8)
         tensors = {
-            FLOAT: teacher_tensor(reflectance, SCALING, zscore, (SIZE, SIZE)),
+            FLOAT: teacher_tensor(reflectance, channels, (SIZE, SIZE)),
             ROUNDED: rounded(contract),
             TRUNCATED: normalized(truncated, contract),
             STRETCHED: normalized(script, stretched),
@@ -174,7 +176,7 @@ def read_synthetic(
             return reflectance, file["label"][()].argmax(axis=1)
 
 
-def student_input(ranges: Sequence[tuple[float, float]], zscore: ZScore) -> StudentInput:
+def student_input(ranges: Sequence[tuple[float, float]], channels: Channels) -> StudentInput:
     """The input of a network of the patches' size, with grey levels over these ranges."""
     return StudentInput(
         modality="optical",
@@ -186,7 +188,7 @@ def student_input(ranges: Sequence[tuple[float, float]], zscore: ZScore) -> Stud
         device_resize=False,
         encoding="",
         contract="",
-        **linear_encoding(ranges, zscore),
+        **linear_encoding(ranges, channels),
     )
 
 

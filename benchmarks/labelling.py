@@ -90,9 +90,10 @@ def rates(path: Path) -> tuple[Threads, list[tuple[float, float]]]:
     """How onnxruntime runs; patches of ours and of the peer per second, then per CPU second."""
     contract = parse_contract(json.dumps(CONTRACT).encode())
     params = TeacherParams(path=path.name, bands=tuple(range(10)))
-    threads = choose_threads(open_teacher(path, params, contract, 10))
+    channels = contract.bind(params.modality, params.bands, 10)
+    threads = choose_threads(open_teacher(path, params, contract, channels))
     assert threads is not None
-    teacher = open_teacher(path, params, contract, 10, threads)
+    teacher = open_teacher(path, params, contract, channels, threads)
     source = open_so2sat(path.parent / "x.h5", {"optical": "sen2"}, "label")
     split = Split("train", source, np.arange(PATCHES))
     session = open_session(path, threads=threads)

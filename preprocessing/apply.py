@@ -17,7 +17,7 @@ from preprocessing.resize import resize, resize_float, resize_nearest, row_block
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from preprocessing.contract import Scaling, ZScore
+    from preprocessing.contract import Channels, Scaling
     from preprocessing.student_input import StudentInput
 
 
@@ -36,8 +36,7 @@ def scale(patches: NDArray[np.generic], scaling: Scaling) -> NDArray[np.float32]
 
 def teacher_tensor(
     patches: NDArray[np.generic],
-    scaling: Scaling,
-    zscore: ZScore | None,
+    channels: Channels,
     size_hw: tuple[int, int],
     *,
     interpolation: str = "nearest",
@@ -46,8 +45,7 @@ def teacher_tensor(
 
     Args:
         patches: stored values of the teacher's bands, in its order, any real dtype, (N, H, W, C).
-        scaling: of the bands' modality.
-        zscore: of these bands (`Contract.statistics`); None when z-scoring is off.
+        channels: these bands.
         size_hw: the teacher's input size.
         interpolation: "nearest" or "bilinear".
 
@@ -56,15 +54,16 @@ def teacher_tensor(
     """
     gain: float | NDArray[np.float64] = 1.0
     offset: float | NDArray[np.float64] = 0.0
+    zscore = channels.zscore
     if zscore is not None:
         sigma = np.array(zscore.sigma, np.float64)[:, None, None]
         gain, offset = 1.0 / sigma, -np.array(zscore.mu, np.float64)[:, None, None] / sigma
-    count, height, width, channels = patches.shape
-    tensor = np.empty((count, channels, height, width), np.float32)
+    count, height, width, depth = patches.shape
+    tensor = np.empty((count, depth, height, width), np.float32)
     for part in row_blocks(count, tensor[:1].size):
         values = tensor[part]
-        values[...] = patches[part].astype(np.float32).transpose(0, 3, 1, 2)
-        _apply_affine(values, scaling, gain, offset)
+        values[...] = patches[part].astype(np.float32, copy=False).transpose(0, 3, 1, 2)
+        _apply_affine(values, channels.scaling, gain, offset)
     return resize_float(tensor, size_hw, interpolation, axes=(2, 3))
 
 
@@ -95,7 +94,7 @@ def _apply_affine(
 
 
 def encode(
-    patches: NDArray[np.generic], scaling: Scaling, given: StudentInput
+    patches: NDArray[np.generic], channels: Channels, student_input: StudentInput
 ) -> NDArray[np.uint8]:
     """Stored patches to the 8-bit images that the device receives, at the patches' own size.
 
@@ -103,81 +102,85 @@ def encode(
 
     Args:
         patches: stored values of the student's bands, in its order, (N, H, W, channels).
-        scaling: of the student's modality.
-        given: the student's input.
+        channels: these bands.
+        student_input: gives the encoding.
 
     Returns:
         uint8, (N, H, W, channels).
     """
-    lo = np.array(given.grey_lo, np.float64)
-    levels_per_unit = GREY_MAX / (np.array(given.grey_hi, np.float64) - lo)
-    grey = _affine(patches, scaling, levels_per_unit, -lo * levels_per_unit)
+    lo = np.array(student_input.grey_lo, np.float64)
+    levels_per_unit = GREY_MAX / (np.array(student_input.grey_hi, np.float64) - lo)
+    grey = _affine(patches, channels.scaling, levels_per_unit, -lo * levels_per_unit)
     np.rint(grey, out=grey)
     return np.clip(grey, 0, GREY_MAX, out=grey).astype(np.uint8)
 
 
 def share_outside(
-    patches: NDArray[np.generic], scaling: Scaling, given: StudentInput
+    patches: NDArray[np.generic], channels: Channels, student_input: StudentInput
 ) -> NDArray[np.float64]:
     """Share of every patch's values that `encode` moves to an end, 0..1, (N,).
 
     Half a grey level beyond an end is what rounding takes. For arguments see `encode`.
     """
-    lo = np.array(given.grey_lo, np.float64)
-    levels_per_unit = GREY_MAX / (np.array(given.grey_hi, np.float64) - lo)
-    straight = replace(scaling, type="linear")  # what clip_linear cuts is outside too
+    lo = np.array(student_input.grey_lo, np.float64)
+    levels_per_unit = GREY_MAX / (np.array(student_input.grey_hi, np.float64) - lo)
+    straight = replace(channels.scaling, type="linear")  # what clip_linear cuts is outside too
     grey = _affine(patches, straight, levels_per_unit, -lo * levels_per_unit)
     outside = (grey < -0.5) | (grey > GREY_MAX + 0.5)
     share: NDArray[np.float64] = outside.mean(axis=(1, 2, 3))
     return share
 
 
-def device_image(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.uint8]:
+def device_image(images: NDArray[np.uint8], student_input: StudentInput) -> NDArray[np.uint8]:
     """Stored 8-bit images to the size of the network's input, uint8, (N, H', W', channels)."""
-    return resize(images, given.size_hw, given.interpolation, given.half_pixel_centers)
+    return resize(
+        images, student_input.size_hw, student_input.interpolation, student_input.half_pixel_centers
+    )
 
 
-def exported_images(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.uint8]:
+def exported_images(images: NDArray[np.uint8], student_input: StudentInput) -> NDArray[np.uint8]:
     """Stored 8-bit images as they are handed to the device: at their own size where it resizes."""
-    return images if given.device_resize else device_image(images, given)
+    return images if student_input.device_resize else device_image(images, student_input)
 
 
-def student_tensor(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.float32]:
+def student_tensor(images: NDArray[np.uint8], student_input: StudentInput) -> NDArray[np.float32]:
     """8-bit images to the student's input, as the device computes it: resize, then normalize.
 
     Args:
         images: stored 8-bit images, uint8, (N, H, W, channels).
-        given: the student's input.
+        student_input: the student's input.
 
     Returns:
         float32, (N, channels, H', W').
     """
     count, height, width, channels = images.shape
-    new_height, new_width = given.size_hw
-    if given.interpolation == "nearest" and new_height >= height and new_width >= width:
+    new_height, new_width = student_input.size_hw
+    if student_input.interpolation == "nearest" and new_height >= height and new_width >= width:
         # Nearest only repeats pixels, so the few are normalized and not the many.
-        small = normalized(images, given)
-        return resize_nearest(small, (2, 3), given.size_hw, given.half_pixel_centers)
+        small = normalized(images, student_input)
+        return resize_nearest(
+            small, (2, 3), student_input.size_hw, student_input.half_pixel_centers
+        )
     # Resized channel by channel, the values already lie in the network's order.
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(-1, height, width, 1)
-    nchw = device_image(planes, given).reshape(count, channels, new_height, new_width)
-    return normalized(nchw.transpose(0, 2, 3, 1), given)
+    nchw = device_image(planes, student_input).reshape(count, channels, new_height, new_width)
+    return normalized(nchw.transpose(0, 2, 3, 1), student_input)
 
 
-def normalized(images: NDArray[np.uint8], given: StudentInput) -> NDArray[np.float32]:
+def normalized(images: NDArray[np.uint8], student_input: StudentInput) -> NDArray[np.float32]:
     """Device images of the network's size to its input: `(grey - mean) / std`, in float32.
 
     The subtraction comes first, as in the device pipeline's normalize operator.
 
     Args:
         images: uint8, (N, H', W', channels).
-        given: the student's input.
+        student_input: the student's input.
 
     Returns:
         float32, (N, channels, H', W').
     """
-    mean = np.array(given.mean, np.float32)[:, None, None]
-    std = np.array(given.std, np.float32)[:, None, None]
+    mean = np.array(student_input.mean, np.float32)[:, None, None]
+    std = np.array(student_input.std, np.float32)[:, None, None]
     tensor = np.empty((len(images), len(mean), *images.shape[1:3]), np.float32)
     for part in row_blocks(len(images), tensor[:1].size):
         values = tensor[part]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +63,32 @@ class ZScore:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Some bands of the data as the contract has them; `Contract.bind` makes it.
+
+    Who holds one needs neither the contract nor the number of bands in the data.
+    """
+
+    modality: str
+    bands: tuple[int, ...]  # zero-based, in the order in which a model sees them
+    scaling: Scaling
+    entries: ZScore | None  # of all bands of the modality; None when z-scoring is off
+
+    @property
+    def zscore(self) -> ZScore | None:
+        """The z-score of exactly these bands, in their order; None when z-scoring is off."""
+        return self.entries.take(self.bands) if self.entries else None
+
+    def take(self, bands: Sequence[int]) -> Channels:
+        """Other bands of the same modality."""
+        return replace(self, bands=tuple(bands))
+
+    def without_zscore(self) -> Channels:
+        """The same bands, scaled only."""
+        return replace(self, entries=None)
+
+
+@dataclass(frozen=True)
 class Contract:
     """What preprocessing.json says. The file's bytes stay the truth; this is a view of them."""
 
@@ -98,8 +124,8 @@ class Contract:
             )
         return self.scaling[modality]
 
-    def statistics(self, modality: str, bands: Sequence[int], bands_in_data: int) -> ZScore | None:
-        """The z-score entries of these bands of a modality, or None when z-scoring is off.
+    def bind(self, modality: str, bands: Sequence[int], bands_in_data: int) -> Channels:
+        """Bind the contract to data: how these bands of a modality are scaled and z-scored.
 
         Args:
             modality: key of `scaling`.
@@ -110,7 +136,7 @@ class Contract:
         Raises:
             ContractError: no entry for the modality, another number of entries, band out of range.
         """
-        self.scaling_of(modality)
+        scaling = self.scaling_of(modality)
         for band in bands:
             if not 0 <= band < bands_in_data:
                 raise ContractError(
@@ -118,7 +144,7 @@ class Contract:
                     f"{bands_in_data - 1}"
                 )
         if not self.zscore_enabled:
-            return None
+            return Channels(modality, tuple(bands), scaling, None)
         keyed = modality in self.zscore
         if not keyed and "" not in self.zscore:
             raise ContractError(
@@ -133,7 +159,7 @@ class Contract:
                 f"{modality!r} has {bands_in_data} bands in the data; give one entry per band"
                 + ("" if keyed else f", or key zscore per modality (zscore.{modality}.mu)")
             )
-        return entries.take(bands)
+        return Channels(modality, tuple(bands), scaling, entries)
 
 
 def load_contract(path: Path) -> Contract:
@@ -160,10 +186,10 @@ def parse_contract(data: bytes, *, name: str = "preprocessing.json") -> Contract
     """
     read = _Reader(name)
     root = read.document(data)
-    given = read.mapping(root, "input")
-    layout = read.choice(given, "input.layout", ("NCHW", "NHWC"))
-    dtype = read.choice(given, "input.dtype", ("float32", "float16"))
-    shape = read.shape(given, "input.shape")
+    tensor = read.mapping(root, "input")
+    layout = read.choice(tensor, "input.layout", ("NCHW", "NHWC"))
+    dtype = read.choice(tensor, "input.dtype", ("float32", "float16"))
+    shape = read.shape(tensor, "input.shape")
     scaling = {
         modality: read.scaling(entry, f"scaling.{modality}")
         for modality, entry in read.mapping(root, "scaling").items()

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from preprocessing.contract import GREY_MAX, ContractError, ZScore
+from preprocessing.contract import GREY_MAX, Channels, ContractError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,17 +58,18 @@ class StudentInput:
 
 
 def linear_encoding(
-    ranges: Sequence[tuple[float, float]], zscore: ZScore | None
+    ranges: Sequence[tuple[float, float]], channels: Channels
 ) -> dict[str, tuple[float, ...]]:
     """Fold the z-score into an 8-bit encoding: mean and std in grey levels.
 
     Args:
         ranges: per channel, the contract units of grey level 0 and of grey level 255.
-        zscore: of the channels' bands; None when z-scoring is off, as if mu were 0 and sigma 1.
+        channels: the bands; where they are not z-scored, as if mu were 0 and sigma 1.
 
     Returns:
         The fields grey_lo, grey_hi, mean and std of `StudentInput`.
     """
+    zscore = channels.zscore
     mu = zscore.mu if zscore else (0.0,) * len(ranges)
     sigma = zscore.sigma if zscore else (1.0,) * len(ranges)
     levels_per_unit = [GREY_MAX / (hi - lo) for lo, hi in ranges]

@@ -62,7 +62,7 @@ def test_the_teachers_have_the_top1_that_is_written_beside_them(params, splits):
     for given in params.teachers:
         path = EXAMPLE / given.path
         assert path.stat().st_size < 2_000_000
-        teacher = open_teacher(path, given, contract, 4)
+        teacher = open_teacher(path, given, contract, contract.bind(given.modality, given.bands, 4))
         for name in ("val", "test"):
             split = splits[name]
             logits = teacher.outputs(split.source.read("optical", split.rows, given.bands))[0]

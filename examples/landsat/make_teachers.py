@@ -53,8 +53,7 @@ def main() -> None:
         tensors = {
             name: teacher_tensor(
                 split.source.read(teacher.modality, split.rows, teacher.bands),
-                contract.scaling_of(teacher.modality),
-                contract.statistics(teacher.modality, teacher.bands, 4),
+                contract.bind(teacher.modality, teacher.bands, 4),
                 (SIZE, SIZE),
                 interpolation=teacher.resize,
             )

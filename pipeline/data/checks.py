@@ -153,7 +153,7 @@ def band_table(
     """Per band: range of the stored values; mean and sigma of the data beside the contract's."""
     rows = []
     for modality, found in statistics.items():
-        given = contract.statistics(modality, found.bands, train.source.shape(modality)[2])
+        zscore = contract.bind(modality, found.bands, train.source.shape(modality)[2]).zscore
         for i, band in enumerate(found.bands):
             rows.append(
                 BandFacts(
@@ -161,9 +161,9 @@ def band_table(
                     band=band,
                     minimum=float(found.minimum[i]),
                     maximum=float(found.maximum[i]),
-                    mu_contract=given.mu[i] if given else None,
+                    mu_contract=zscore.mu[i] if zscore else None,
                     mu_data=float(found.mean[i]),
-                    sigma_contract=given.sigma[i] if given else None,
+                    sigma_contract=zscore.sigma[i] if zscore else None,
                     sigma_data=float(found.sigma[i]),
                 )
             )

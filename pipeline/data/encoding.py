@@ -46,13 +46,12 @@ def choose_student_input(
 ) -> tuple[StudentInput, tuple[EncodingFacts, ...]]:
     """The student's input, and per channel how well its 8-bit encoding carries the band."""
     height, width, bands_in_data = train.source.shape(params.modality)
-    zscore = contract.statistics(params.modality, params.bands, bands_in_data)
+    channels = contract.bind(params.modality, params.bands, bands_in_data)
     found = statistics[params.modality]
     samples = [found.sample[:, found.bands.index(band)] for band in params.bands]
-    dst_range = contract.scaling_of(params.modality).dst_range
-    ranges = [dst_range] * len(params.bands)
+    ranges = [channels.scaling.dst_range] * len(params.bands)
     if params.encoding == "percentile":
-        ranges = _fitted_ranges(params, zscore, samples)
+        ranges = _fitted_ranges(params, channels.zscore, samples)
     bilinear = params.interpolation == "bilinear"
     same_size = (height, width) == (params.size, params.size)
     student = StudentInput(
@@ -68,7 +67,7 @@ def choose_student_input(
         and (params.device_resize == "device" or (params.device_resize == "auto" and bilinear)),
         encoding=params.encoding,
         contract=contract.sha256,
-        **linear_encoding(ranges, zscore),
+        **linear_encoding(ranges, channels),
     )
     quality = []
     for band, sample, (lo, hi) in zip(params.bands, samples, ranges, strict=True):
@@ -126,7 +125,9 @@ def write_split(
     )
     np.save(folder / "labels.npy", split.labels)
     np.save(folder / "rows.npy", split.rows)
-    scaling = contract.scaling_of(student.modality)
+    channels = contract.bind(
+        student.modality, student.bands, split.source.shape(student.modality)[2]
+    )
     reading = (
         (start, split.source.read(student.modality, rows, student.bands))
         for start, rows in (
@@ -136,10 +137,10 @@ def write_split(
     outside: list[int] = []
     with job.progress(f"images, {split.name}", len(split)) as bar:
         for start, patches in prefetched(reading):
-            encoded = encode(patches, scaling, student)
+            encoded = encode(patches, channels, student)
             images[start : start + len(patches)] = encoded
             ends = np.flatnonzero(np.isin(encoded, (0, 255)).mean(axis=(1, 2, 3)) > _MOST)
-            cut = ends[share_outside(patches[ends], scaling, student) > _MOST]
+            cut = ends[share_outside(patches[ends], channels, student) > _MOST]
             outside += split.rows[start + cut].tolist()
             bar.update(len(patches))
     images.flush()

@@ -126,16 +126,16 @@ def _by_contract(student_input: StudentInput, contract: Contract) -> tuple[Stude
     """The student's input with its z-score folded anew, and where that is not what it says."""
     entries = contract.zscore.get(student_input.modality, contract.zscore.get(""))
     bands_in_data = len(entries.mu) if entries else max(student_input.bands) + 1
-    zscore = contract.statistics(student_input.modality, student_input.bands, bands_in_data)
+    channels = contract.bind(student_input.modality, student_input.bands, bands_in_data)
     ranges = list(zip(student_input.grey_lo, student_input.grey_hi, strict=True))
     if student_input.encoding == "contract":
-        ranges = [contract.scaling_of(student_input.modality).dst_range] * len(student_input.bands)
+        ranges = [channels.scaling.dst_range] * len(student_input.bands)
     bands = ", ".join(map(str, student_input.bands))
-    channels = f"bands {bands} of {student_input.modality}"
-    folded: dict[str, Any] = {**linear_encoding(ranges, zscore)}
+    folded: dict[str, Any] = {**linear_encoding(ranges, channels)}
     wrong = [
         f"student_input.json: {key} is {_format_values(getattr(student_input, key))}, "
-        f"preprocessing.json gives {_format_values(values)} for {channels}"
+        f"preprocessing.json gives {_format_values(values)} for bands {bands} of "
+        f"{student_input.modality}"
         for key, values in folded.items()
         if getattr(student_input, key) != values
     ]

@@ -218,7 +218,8 @@ def _open_teachers(
             raise InputError(f"ingest.{key}.path: no file matches {given.path!r}")
         names += list(files)
         bands_in_data = train.source.shape(given.modality)[2]
-        wanted += [(path, given, bands_in_data) for path in files.values()]
+        channels = contract.bind(given.modality, given.bands, bands_in_data)
+        wanted += [(path, given, channels) for path in files.values()]
     teachers, threads = open_teachers(wanted, contract)
     for name, teacher in zip(names, teachers, strict=True):
         for file in teacher.files[1:]:
@@ -259,7 +260,7 @@ def _survey(
     bands = seen_bands(params)
     for modality, some in bands.items():
         for split in splits.values():
-            contract.statistics(modality, some, split.source.shape(modality)[2])
+            contract.bind(modality, some, split.source.shape(modality)[2])
     surveys = {}
     for name, split in splits.items():
         with job.progress(f"survey {name}", len(split)) as bar:

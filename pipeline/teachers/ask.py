@@ -95,7 +95,7 @@ def teach(
     outputs = _first_outputs(asked, val, digest["val"])
     probabilities = [gives_probabilities(found) for found in outputs]
     logits = [to_logits(o, p) for o, p in zip(outputs, probabilities, strict=True)]
-    described = _describe(job, params, contract, teachers, val, logits, probabilities)
+    described = _describe(job, params, teachers, val, logits, probabilities)
 
     temperatures = [1.0] * len(teachers)
     if params.calibrate_temperatures:
@@ -167,7 +167,6 @@ def _keep_answers(
 def _describe(
     job: Job,
     params: IngestParams,
-    contract: Contract,
     teachers: list[Teacher],
     val: Split,
     logits: list[NDArray[np.float32]],
@@ -193,8 +192,7 @@ def _describe(
             figures.top1_val < params.doubtful_top1
         )
         if missed or doubtful:
-            n = val.source.shape(teacher.modality)[2]
-            tried = try_conventions(teacher, contract, n, sample, val.labels[chosen])
+            tried = try_conventions(teacher, sample, val.labels[chosen])
             _point_out(job, teacher, tried, len(chosen))
         if missed:
             others = params.data.val.fraction is not None

@@ -11,6 +11,7 @@ from pipeline.facts import RuleFacts
 from pipeline.tasks.metrics import agreement, expected_calibration_error, top1
 from pipeline.teachers.ensemble import combine
 from preprocessing.apply import scale, teacher_tensor, to_nchw
+from preprocessing.contract import GREY_MAX
 from preprocessing.resize import resize_float
 
 if TYPE_CHECKING:
@@ -19,12 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.teachers.teacher import Teacher
-    from preprocessing.contract import Contract
 
     Prepare = Callable[[NDArray[np.generic]], NDArray[np.float32]]
-
-
-GREY_MAX = 255
 
 
 @dataclass(frozen=True)
@@ -127,54 +124,50 @@ def missed_records(
 
 
 def try_conventions(
-    teacher: Teacher,
-    contract: Contract,
-    bands_in_data: int,
-    patches: NDArray[Any],
-    labels: NDArray[np.int64],
+    teacher: Teacher, patches: NDArray[Any], labels: NDArray[np.int64]
 ) -> dict[str, float]:
-    """Top-1 of a teacher on some labelled patches, under every convention met in the wild.
+    """Top-1 of a teacher on some labeled patches, under every convention met in the wild.
 
     Args:
         teacher: the teacher.
-        contract: statistics.
-        bands_in_data: of its modality.
         patches: stored values of its bands, in its order, (N, H, W, C).
         labels: (N,).
 
     Returns:
         Fraction by convention; the contract's own is the first. Nothing is switched by it.
     """
-    ways = _conventions(teacher, contract, bands_in_data)
-    return {words: top1(teacher.outputs(patches, way)[0], labels) for words, way in ways.items()}
+    return {
+        name: top1(teacher.outputs(patches, prepare)[0], labels)
+        for name, prepare in _conventions(teacher).items()
+    }
 
 
-def _conventions(teacher: Teacher, contract: Contract, bands_in_data: int) -> dict[str, Prepare]:
-    zscore = contract.statistics(teacher.modality, teacher.bands, bands_in_data)
-    first = contract.statistics(teacher.modality, range(len(teacher.bands)), bands_in_data)
-    how = teacher.params.resize
+def _conventions(teacher: Teacher) -> dict[str, Prepare]:
+    scaling, zscore = teacher.channels.scaling, teacher.channels.zscore
+    first_bands = teacher.channels.take(range(len(teacher.bands)))
+    interpolation = teacher.params.resize
 
     def resized(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        return to_nchw(resize_float(values, teacher.size_hw, how))
+        return to_nchw(resize_float(values, teacher.size_hw, interpolation))
 
     def unscored(divisor: float) -> Prepare:
-        return lambda patches: resized(scale(patches, teacher.scaling) / np.float32(divisor))
+        return lambda patches: resized(scale(patches, scaling) / np.float32(divisor))
 
-    ways: dict[str, Prepare] = {
+    conventions: dict[str, Prepare] = {
         "the contract": teacher.prepare,
         "no z-score (as if the graph did it)": unscored(1.0),
         "divided by 255, no z-score": unscored(GREY_MAX),
         "stored values as they are": lambda patches: resized(patches.astype(np.float32)),
         "bands reversed": lambda patches: np.ascontiguousarray(teacher.prepare(patches)[:, ::-1]),
     }
-    if zscore is not None and first is not None:
+    if zscore is not None:
         mu, sigma = (np.array(v, np.float32) for v in (zscore.mu, zscore.sigma))
 
         def divided(patches: NDArray[np.generic]) -> NDArray[np.float32]:
-            return resized((scale(patches, teacher.scaling) / np.float32(GREY_MAX) - mu) / sigma)
+            return resized((scale(patches, scaling) / np.float32(GREY_MAX) - mu) / sigma)
 
-        ways["divided by 255 before the z-score"] = divided
-        ways["mu and sigma of the first bands"] = lambda patches: teacher_tensor(
-            patches, teacher.scaling, first, teacher.size_hw, interpolation=how
+        conventions["divided by 255 before the z-score"] = divided
+        conventions["mu and sigma of the first bands"] = lambda patches: teacher_tensor(
+            patches, first_bands, teacher.size_hw, interpolation=interpolation
         )
-    return ways
+    return conventions

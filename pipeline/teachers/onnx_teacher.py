@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.params.sources import TeacherParams
-    from preprocessing.contract import Contract, ZScore
+    from preprocessing.contract import Channels, Contract
 
 
 _INPUT_TYPES: dict[int, type[np.floating[Any]]] = {
@@ -38,7 +38,7 @@ def open_onnx(
     path: Path,
     params: TeacherParams,
     contract: Contract,
-    zscore: ZScore | None,
+    channels: Channels,
     threads: Threads | None,
 ) -> Teacher:
     """A teacher from its ONNX file; see `open_teacher`."""
@@ -49,17 +49,17 @@ def open_onnx(
     dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor_type.shape.dim]
     if len(dims) != 4:
         raise InputError(f"{path.name}: its input has {len(dims)} dimensions, not 4")
-    batch, channels = dims[0], dims[1 if channels_first else 3]
+    batch, depth = dims[0], dims[1 if channels_first else 3]
     height, width = dims[2:] if channels_first else dims[1:3]
-    if channels is not None and channels != len(params.bands):
+    if depth is not None and depth != len(params.bands):
         raise InputError(
-            f"{path.name}: its input has {channels} channels ({contract.layout}), but its bands in "
+            f"{path.name}: its input has {depth} channels ({contract.layout}), but its bands in "
             f"kdpipe.yaml are {list(params.bands)}"
         )
     if tensor_type.elem_type not in _INPUT_TYPES:
         kind = TensorProto.DataType.Name(tensor_type.elem_type).lower()
         raise InputError(f"{path.name}: its input is {kind}; float or float16 is needed")
-    _check_normalization(path, model, params, zscore)
+    _check_normalization(path, model, params, channels)
     logits = trailing_softmax(model)
     session = _session(path, model, [logits] if logits else [], params.features, threads)
     name = source.name
@@ -68,8 +68,7 @@ def open_onnx(
         name=path.stem,
         files=(path, *external),
         params=params,
-        scaling=contract.scaling_of(params.modality),
-        zscore=zscore,
+        channels=channels,
         size_hw=(height or contract.size_hw[0], width or contract.size_hw[1]),
         layout=contract.layout,
         batch=batch,
@@ -101,11 +100,11 @@ def _session(
 
 
 def _check_normalization(
-    path: Path, model: onnx.ModelProto, params: TeacherParams, zscore: ZScore | None
+    path: Path, model: onnx.ModelProto, params: TeacherParams, channels: Channels
 ) -> None:
     """Refuse to normalize twice, or not at all, unless the config says so."""
     nodes = leading_normalization(model)
-    if nodes and zscore is not None and params.zscore == "contract":
+    if nodes and channels.zscore is not None and params.zscore == "contract":
         raise InputError(
             f"{path.name} normalizes its input itself ({', '.join(nodes)}), and preprocessing.json "
             "asks for a z-score before; say which with ingest.teachers.zscore: graph (only the "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.params.sources import TeacherParams
-    from preprocessing.contract import Contract
+    from preprocessing.contract import Channels, Contract
 
 
 #: Patches per call when threads are compared.
@@ -27,7 +27,7 @@ def open_teacher(
     path: Path | None,
     params: TeacherParams,
     contract: Contract,
-    bands_in_data: int,
+    channels: Channels,
     threads: Threads | None = None,
 ) -> Teacher:
     """Open a teacher and check it against the contract and the data.
@@ -35,50 +35,46 @@ def open_teacher(
     Args:
         path: its ONNX file, or the weights of a torch teacher; None: those of a hub.
         params: how it is described in kdpipe.yaml.
-        contract: statistics and classes.
-        bands_in_data: of its modality.
+        contract: classes, layout and size of the input.
+        channels: its bands.
         threads: for onnxruntime.
 
     Raises:
         InputError: unreadable, truncated or unsafe file; not one input; wrong channel count, input
             size, type or number of classes; a second normalization. The message names the file.
-        ContractError: the contract has no statistics for the teacher's bands.
     """
-    zscore = contract.statistics(params.modality, params.bands, bands_in_data)
-    if params.zscore == "graph":
-        zscore = None
     if params.timm is not None:
         from pipeline.teachers.torch_teacher import open_torch_teacher
 
-        teacher = open_torch_teacher(path, params, contract, zscore)
+        teacher = open_torch_teacher(path, params, contract, channels)
     else:
         assert path is not None, "ingest's own checks"
-        teacher = open_onnx(path, params, contract, zscore, threads)
+        teacher = open_onnx(path, params, contract, channels, threads)
     _check_classes(teacher, contract)
     return teacher
 
 
 def open_teachers(
-    wanted: Iterable[tuple[Path | None, TeacherParams, int]], contract: Contract
+    files: Iterable[tuple[Path | None, TeacherParams, Channels]], contract: Contract
 ) -> tuple[list[Teacher], Threads | None]:
     """Open teachers on as many threads as are fastest for the first of them here and now.
 
     Args:
-        wanted: file, description and number of bands in the data, as `open_teacher` takes them.
-        contract: statistics and classes.
+        files: file, description and bands, as `open_teacher` takes them.
+        contract: classes, layout and size of the input.
 
     Returns:
         The teachers, and the threads of those in onnxruntime, if there are any.
 
     Raises:
-        InputError, ContractError: see `open_teacher`.
+        InputError: see `open_teacher`.
     """
     teachers = []
     threads: Threads | None = None
-    for path, params, bands_in_data in wanted:
-        teacher = open_teacher(path, params, contract, bands_in_data, threads)
+    for path, params, channels in files:
+        teacher = open_teacher(path, params, contract, channels, threads)
         if threads is None and (threads := choose_threads(teacher)):
-            teacher = open_teacher(path, params, contract, bands_in_data, threads)
+            teacher = open_teacher(path, params, contract, channels, threads)
         teachers.append(teacher)
     return teachers, threads
 
@@ -87,12 +83,10 @@ def choose_threads(teacher: Teacher) -> Threads | None:
     """Measure how onnxruntime runs a teacher fastest on this machine; None for a torch teacher."""
     if teacher.opset is None:
         return None
-    channels, (height, width) = len(teacher.bands), teacher.size_hw
+    depth, (height, width) = len(teacher.bands), teacher.size_hw
     batch = teacher.batch or _TRIAL_BATCH
     shape = (
-        (batch, channels, height, width)
-        if teacher.layout == "NCHW"
-        else (batch, height, width, channels)
+        (batch, depth, height, width) if teacher.layout == "NCHW" else (batch, height, width, depth)
     )
     return fastest_threads(teacher.files[0], shape, teacher.dtype)
 

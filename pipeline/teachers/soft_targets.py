@@ -82,11 +82,16 @@ class Teaching:
 
     def _ask(self, split: str, indices: NDArray[np.int64], view: int) -> Answer:
         if self._teachers is None:
-            wanted = [
-                (self._file(i), m.params, m.bands_in_data)
+            contract = load_contract(self._contract)
+            files = [
+                (
+                    self._file(i),
+                    m.params,
+                    contract.bind(m.params.modality, m.params.bands, m.bands_in_data),
+                )
                 for i, m in enumerate(self.ensemble.members)
             ]
-            self._teachers, _ = open_teachers(wanted, load_contract(self._contract))
+            self._teachers, _ = open_teachers(files, contract)
         bands = seen_bands(self._teachers)
         rows = self._array(f"{split}-rows")[indices]
         patches = {

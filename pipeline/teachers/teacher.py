@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.params.sources import TeacherParams
-    from preprocessing.contract import Scaling, ZScore
+    from preprocessing.contract import Channels
 
 
 #: Patches per call where a model's batch size is free.
@@ -31,8 +31,7 @@ class Teacher:
     name: str  # file name without suffix
     files: tuple[Path, ...]  # its file and those with weights outside; none when from a hub
     params: TeacherParams
-    scaling: Scaling
-    zscore: ZScore | None  # of its bands; None when z-scoring is off or done by the graph
+    channels: Channels  # its bands, as the contract has them
     size_hw: tuple[int, int]
     layout: str
     batch: int | None  # fixed batch size, None when free
@@ -57,9 +56,9 @@ class Teacher:
         Returns:
             float32, (N, C, H', W'), see `teacher_tensor`.
         """
-        return teacher_tensor(
-            patches, self.scaling, self.zscore, self.size_hw, interpolation=self.params.resize
-        )
+        by_graph = self.params.zscore == "graph"
+        channels = self.channels.without_zscore() if by_graph else self.channels
+        return teacher_tensor(patches, channels, self.size_hw, interpolation=self.params.resize)
 
     def outputs(
         self,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.params.sources import TeacherParams
-    from preprocessing.contract import Contract, ZScore
+    from preprocessing.contract import Channels, Contract
 
 
 #: A hub that does not answer in this time is taken as not there.
@@ -30,7 +30,7 @@ _REACH_SECONDS = 5.0
 
 
 def open_torch_teacher(
-    path: Path | None, params: TeacherParams, contract: Contract, zscore: ZScore | None
+    path: Path | None, params: TeacherParams, contract: Contract, channels: Channels
 ) -> Teacher:
     """Open a timm network with its trained weights: evaluation mode, no gradients.
 
@@ -38,7 +38,7 @@ def open_torch_teacher(
         path: .pth, .pt, .ckpt or .safetensors; None: the weights that a hub has for it.
         params: how it is described in kdpipe.yaml; `timm` is set.
         contract: gives the number of classes and the input size.
-        zscore: of its bands.
+        channels: its bands.
 
     Raises:
         InputError: no such network, weights that do not fit, a head of other classes, no network.
@@ -58,8 +58,7 @@ def open_torch_teacher(
         name=path.stem if path else params.timm.rpartition("/")[2],
         files=(path,) if path else (),
         params=params,
-        scaling=contract.scaling_of(params.modality),
-        zscore=zscore,
+        channels=channels,
         size_hw=contract.size_hw,
         layout="NCHW",
         batch=None,

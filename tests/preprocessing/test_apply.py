@@ -31,8 +31,7 @@ def as_teacher(patches, contract, bands, size):
     """What a teacher on these bands gets for patches of all bands."""
     return teacher_tensor(
         patches[..., list(bands)],
-        contract.scaling_of("optical"),
-        contract.statistics("optical", bands, patches.shape[-1]),
+        contract.bind("optical", bands, patches.shape[-1]),
         size,
     )
 
@@ -55,7 +54,7 @@ def student_of(contract, bands=(2, 1, 0), size=(8, 8), patch=(8, 8), interpolati
         contract=contract.sha256,
         **linear_encoding(
             [contract.scaling_of("optical").dst_range] * len(bands),
-            contract.statistics("optical", bands, len(MU)),
+            contract.bind("optical", bands, len(MU)),
         ),
     )
 
@@ -84,7 +83,7 @@ def test_the_callers_patches_stay_as_they_are():
     before = patches.copy()
     contract = contract_of(CLIPPED, MU, SIGMA)
     scale(patches, contract.scaling_of("optical"))
-    encode(patches[..., :3], contract.scaling_of("optical"), student_of(contract))
+    encode(patches[..., :3], contract.bind("optical", (2, 1, 0), 4), student_of(contract))
     assert np.array_equal(patches, before)
 
 
@@ -113,7 +112,7 @@ def test_grey_levels_are_rounded_half_to_even_and_clipped():
     contract = contract_of({**LINEAR, "src_range": [0, 255]}, MU, SIGMA)
     values = np.array([-7, 0.5, 1.5, 2.4999, 254.5, 255.4, 999]).reshape(-1, 1, 1, 1)
     patches = np.repeat(values, 4, axis=3)
-    grey = encode(patches[..., :1], contract.scaling_of("optical"), student_of(contract, (0,)))
+    grey = encode(patches[..., :1], contract.bind("optical", (0,), 4), student_of(contract, (0,)))
     assert grey.ravel().tolist() == [0, 0, 2, 2, 254, 255, 255]
 
 
@@ -121,7 +120,7 @@ def test_grey_levels_are_rounded_half_to_even_and_clipped():
 def test_encoding_is_off_by_half_a_grey_level_at_most(patches):
     contract = contract_of(LINEAR, MU, SIGMA)
     picked = patches[..., [2, 1, 0]]
-    grey = encode(picked, contract.scaling_of("optical"), student_of(contract))
+    grey = encode(picked, contract.bind("optical", (2, 1, 0), 4), student_of(contract))
     exact = scale(picked, contract.scaling_of("optical"))
     assert np.abs(grey - exact).max() <= 0.5 + 1e-4
 

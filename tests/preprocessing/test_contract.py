@@ -53,7 +53,7 @@ def test_the_digest_is_of_the_files_bytes(tmp_path):
 
 
 def test_a_model_takes_the_statistics_of_its_bands_in_its_order():
-    entries = parse(contract_tree()).statistics("optical", [2, 1, 0], bands_in_data=4)
+    entries = parse(contract_tree()).bind("optical", [2, 1, 0], bands_in_data=4).zscore
     assert entries.mu == (9.0, 10.0, 11.0)
     assert entries.sigma == (6.0, 4.4, 3.6)
 
@@ -66,24 +66,24 @@ def test_zscore_may_be_keyed_per_modality():
         "sar": {"mu": [127.0], "sigma": [20.0]},
     }
     contract = parse(tree)
-    assert contract.statistics("sar", [0], bands_in_data=1).mu == (127.0,)
-    assert contract.statistics("optical", [1], bands_in_data=2).sigma == (4.4,)
+    assert contract.bind("sar", [0], bands_in_data=1).zscore.mu == (127.0,)
+    assert contract.bind("optical", [1], bands_in_data=2).zscore.sigma == (4.4,)
 
 
 def test_an_unkeyed_list_serves_only_a_modality_with_as_many_bands():
     contract = parse(contract_tree())
     with pytest.raises(ContractError, match=r"zscore\.mu has 4 entries.*'sar' has 8 bands.*key"):
-        contract.statistics("sar", [0], bands_in_data=8)
+        contract.bind("sar", [0], bands_in_data=8)
 
 
 def test_zscore_can_be_off():
     tree = change(contract_tree(), ["zscore"], {"enabled": False})
-    assert parse(tree).statistics("optical", [0], bands_in_data=4) is None
+    assert parse(tree).bind("optical", [0], bands_in_data=4).zscore is None
 
 
 def test_matlab_writes_a_list_of_one_as_a_number():
     tree = change(contract_tree(), ["zscore"], {"enabled": True, "mu": 11.0, "sigma": 3.6})
-    assert parse(tree).statistics("optical", [0], bands_in_data=1).mu == (11.0,)
+    assert parse(tree).bind("optical", [0], bands_in_data=1).zscore.mu == (11.0,)
 
 
 def test_a_byte_order_mark_is_no_error():
@@ -158,7 +158,7 @@ def test_unknown_modality_and_band_are_refused():
     with pytest.raises(ContractError, match="no modality 'radar'; it has optical, sar"):
         contract.scaling_of("radar")
     with pytest.raises(ContractError, match="band 4 does not exist: modality 'optical' has bands"):
-        contract.statistics("optical", [4], bands_in_data=4)
+        contract.bind("optical", [4], bands_in_data=4)
 
 
 @given(
@@ -177,8 +177,8 @@ def test_mean_and_std_in_grey_levels_are_the_zscore_of_the_decoded_value(
         "optical": {"type": "linear", "src_range": [0, 1], "dst_range": [low, low + width]}
     }
     tree["zscore"] = {"enabled": True, "mu": [mu], "sigma": [sigma]}
-    zscore = parse(tree).statistics("optical", [0], bands_in_data=1)
-    encoding = linear_encoding([(low, low + width)], zscore)
+    channels = parse(tree).bind("optical", [0], bands_in_data=1)
+    encoding = linear_encoding([(low, low + width)], channels)
     decoded = low + grey / 255 * width
     expected = (decoded - mu) / sigma
     found = (grey - encoding["mean"][0]) / encoding["std"][0]
@@ -197,7 +197,7 @@ def test_a_student_input_survives_its_file(tmp_path):
         device_resize=True,
         encoding="contract",
         contract=contract.sha256,
-        **linear_encoding([(0.0, 255.0)] * 3, contract.statistics("optical", [2, 1, 0], 4)),
+        **linear_encoding([(0.0, 255.0)] * 3, contract.bind("optical", [2, 1, 0], 4)),
     )
     path = tmp_path / "student_input.json"
     path.write_text(given.to_json())

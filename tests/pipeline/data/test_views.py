@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pipeline.data.views import take_view
 from pipeline.params.sources import ViewParams
 from preprocessing.apply import encode
-from preprocessing.contract import Scaling
+from preprocessing.contract import Channels, Scaling
 from preprocessing.student_input import StudentInput
 
 PATCHES = np.random.default_rng(0).uniform(0, 1, (40, 9, 9, 2)).astype(np.float32)
@@ -50,9 +50,9 @@ def test_it_commutes_with_everything_that_is_done_pixel_by_pixel(view, seed, zoo
         std=(1.0, 1.0),
         contract="0" * 64,
     )
-    scaling = Scaling("linear", (0.0, 1.0), (0.0, 255.0))
-    encoded = encode(PATCHES, scaling, one)
-    assert np.array_equal(look(**how, patches=encoded), encode(look(**how), scaling, one))
+    channels = Channels("optical", (0,), Scaling("linear", (0.0, 1.0), (0.0, 255.0)), None)
+    encoded = encode(PATCHES, channels, one)
+    assert np.array_equal(look(**how, patches=encoded), encode(look(**how), channels, one))
 
 
 def test_flips_and_turns_alone_are_the_eight_symmetries_of_a_square_all_of_them():

@@ -28,8 +28,7 @@ def test_cached_logits_are_the_ensembles_on_each_training_sample(finished):
         session = ort.InferenceSession(str(finished.root / "teachers" / f"{name}.onnx"))
         tensor = teacher_tensor(
             patches[train.rows][..., list(bands)],
-            contract.scaling_of("optical"),
-            contract.statistics("optical", bands, 4),
+            contract.bind("optical", bands, 4),
             (16, 16),
         )
         direct.append([session.run(None, {"input": row[None]})[0][0] for row in tensor])
@@ -49,7 +48,7 @@ def test_stored_images_are_the_encoded_patches_of_their_rows(finished):
         split = DatasetSplit.load(folder)
         with np.load(finished.root / file) as archive:
             picked = archive["images"][split.rows][..., list(given.bands)]
-            encoded = encode(picked, contract.scaling_of("optical"), given)
+            encoded = encode(picked, contract.bind("optical", given.bands, 4), given)
             assert np.array_equal(split.images, encoded)
             assert np.array_equal(split.labels, archive["labels"][split.rows])
 

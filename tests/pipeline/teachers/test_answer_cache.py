@@ -26,7 +26,14 @@ def asked(tmp_path):
     for name, bands in (("a", (0, 1, 2)), ("b", (3, 1))):
         make_teacher(tmp_path / f"{name}.onnx", bands, made)
         params = TeacherParams(path=f"{name}.onnx", bands=bands, features=("pooled",))
-        teachers.append(open_teacher(tmp_path / f"{name}.onnx", params, contract, 4))
+        teachers.append(
+            open_teacher(
+                tmp_path / f"{name}.onnx",
+                params,
+                contract,
+                contract.bind(params.modality, params.bands, 4),
+            )
+        )
     digests = [teacher_digest(t, contract.sha256, [t.name]) for t in teachers]
     source = open_npz(tmp_path / "x.npz", {"optical": "images"}, "labels")
     split = Split("train", source, np.arange(COUNT))

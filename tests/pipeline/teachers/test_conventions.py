@@ -29,18 +29,16 @@ def teacher_for(tmp_path, made, contract, bands=(2, 1, 3), **recorded):
     """A teacher that was exported for one contract and is opened with another."""
     make_teacher(tmp_path / "t.onnx", bands, made)
     params = TeacherParams(path="t.onnx", bands=bands, **recorded)
-    return open_teacher(
-        tmp_path / "t.onnx", params, parse_contract(json.dumps(contract).encode()), 4
-    )
+    parsed = parse_contract(json.dumps(contract).encode())
+    return open_teacher(tmp_path / "t.onnx", params, parsed, parsed.bind("optical", bands, 4))
 
 
 def best(tmp_path, data, made, contract=None, **options):
     patches, labels = data
     contract = contract or make_contract(patches)
     teacher = teacher_for(tmp_path, made, contract, **options)
-    parsed = parse_contract(json.dumps(contract).encode())
     picked = patches[..., list(teacher.bands)]
-    tried = try_conventions(teacher, parsed, 4, picked, labels)
+    tried = try_conventions(teacher, picked, labels)
     assert next(iter(tried)) == "the contract"
     return max(tried, key=tried.get), tried
 
@@ -81,8 +79,10 @@ def test_reversed_bands_and_the_statistics_of_the_first_bands_are_recognized(tmp
     make_teacher(tmp_path / "t.onnx", (3, 0), made)  # opened as (0, 3)
     params = TeacherParams(path="t.onnx", bands=(0, 3))
     contract = parse_contract(json.dumps(made).encode())
-    teacher = open_teacher(tmp_path / "t.onnx", params, contract, 4)
-    tried = try_conventions(teacher, contract, 4, data[0][..., [0, 3]], data[1])
+    teacher = open_teacher(
+        tmp_path / "t.onnx", params, contract, contract.bind(params.modality, params.bands, 4)
+    )
+    tried = try_conventions(teacher, data[0][..., [0, 3]], data[1])
     assert tried["bands reversed"] > tried["the contract"]
 
 
@@ -129,14 +129,21 @@ def test_records_that_are_reproduced_pass_and_others_do_not(tmp_path, data):
     flatten.input[0] = "positive"
     onnx.save(extra_relu, tmp_path / "t.onnx")
     contract = parse_contract(json.dumps(made).encode())
-    wrong = open_teacher(tmp_path / "t.onnx", same.params, contract, 4)
+    wrong = open_teacher(
+        tmp_path / "t.onnx",
+        same.params,
+        contract,
+        contract.bind(same.params.modality, same.params.bands, 4),
+    )
     missed = missed_records(wrong, described(wrong, data), 0.005, 0.1)
     assert missed
     assert "recorded" in str(missed[0])
 
     swapped = TeacherParams(path="t.onnx", bands=(1, 2, 3), **recorded)
     make_teacher(tmp_path / "t.onnx", (2, 1, 3), made)
-    wrong = open_teacher(tmp_path / "t.onnx", swapped, contract, 4)
+    wrong = open_teacher(
+        tmp_path / "t.onnx", swapped, contract, contract.bind(swapped.modality, swapped.bands, 4)
+    )
     assert missed_records(wrong, described(wrong, data), 0.005, 0.1)
 
 

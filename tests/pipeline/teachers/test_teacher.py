@@ -25,7 +25,7 @@ def opened(tmp_path, patches, contract, bands=(0, 1, 2), given=None, **options):
     path = tmp_path / "teacher.onnx"
     make_teacher(path, bands, make_contract(patches), **options)
     params = TeacherParams(path="teacher.onnx", bands=bands, **(given or {}))
-    return open_teacher(path, params, contract, 4)
+    return open_teacher(path, params, contract, contract.bind(params.modality, params.bands, 4))
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 7])
@@ -114,6 +114,8 @@ def test_threads_are_measured(tmp_path, patches, contract):
         assert threads.count >= 1
         assert str(threads).endswith("spinning")
     given = TeacherParams(path="teacher.onnx", bands=(0, 1, 2))
-    two, threads = open_teachers([(tmp_path / "teacher.onnx", given, 4)] * 2, contract)
+    two, threads = open_teachers(
+        [(tmp_path / "teacher.onnx", given, contract.bind("optical", given.bands, 4))] * 2, contract
+    )
     assert threads.count >= 1
     assert [teacher.name for teacher in two] == ["teacher"] * 2

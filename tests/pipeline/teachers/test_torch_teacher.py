@@ -32,7 +32,12 @@ def opened(tmp_path, contract, **given):
     network.train()(torch.randn(16, 3, 16, 16))
     save_file(network.state_dict(), tmp_path / "t.safetensors")
     params = TeacherParams(path="t.safetensors", timm="test_byobnet", bands=(0, 1, 2), **given)
-    return network, open_teacher(tmp_path / "t.safetensors", params, contract, 4)
+    return network, open_teacher(
+        tmp_path / "t.safetensors",
+        params,
+        contract,
+        contract.bind(params.modality, params.bands, 4),
+    )
 
 
 def test_it_is_frozen_whatever_it_is_asked(tmp_path, contract, patches):
@@ -60,7 +65,7 @@ def test_a_head_of_other_classes_is_no_teacher(contract, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     params = TeacherParams(timm="test_byobnet", bands=(0, 1, 2))
     with pytest.raises(InputError, match="test_byobnet has 1000 classes, but preprocessing"):
-        open_teacher(None, params, contract, 4)
+        open_teacher(None, params, contract, contract.bind(params.modality, params.bands, 4))
     params = TeacherParams(timm="test_byobnet", bands=(0, 1))
     with pytest.raises(InputError, match=r"trained on 3 channels, but its bands in .* \[0, 1\]"):
-        open_teacher(None, params, contract, 4)
+        open_teacher(None, params, contract, contract.bind(params.modality, params.bands, 4))
