@@ -28,8 +28,8 @@ import onnx
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline.data.blocks import BLOCK
 from pipeline.data.synthetic import CLASSES, write_so2sat
-from pipeline.teachers.answer_cache import BLOCK
 
 DIFFERENT = 2000
 PATCHES = 100_000  # in the file

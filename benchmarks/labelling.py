@@ -29,7 +29,7 @@ from pipeline.data.hdf5 import open_so2sat
 from pipeline.data.splits import Split
 from pipeline.data.synthetic import write_so2sat
 from pipeline.params.sources import TeacherParams, ViewParams
-from pipeline.teachers.answer_cache import Labelling
+from pipeline.teachers.logit_cache import LogitCache
 from pipeline.teachers.open import choose_threads, open_teacher
 from pipeline.teachers.teacher import BATCH
 from preprocessing.contract import parse_contract
@@ -106,8 +106,8 @@ def rates(path: Path) -> tuple[Threads, list[tuple[float, float]]]:
     spent: list[list[tuple[float, float]]] = [[], []]
     for run in range(RUNS):
         with tempfile.TemporaryDirectory(dir=path.parent) as kept:
-            asked = Labelling([teacher], [f"{run:032d}"], ViewParams(), 0, Path(kept))
-            spent[0].append(seconds(lambda asked=asked: asked.label(split, "x", 1)))
+            cache = LogitCache([teacher], [f"{run:032d}"], ViewParams(), 0, Path(kept))
+            spent[0].append(seconds(lambda cache=cache: cache.fill(split, "x", 1)))
         spent[1].append(seconds(peer))
     ours, theirs = (
         [PATCHES / statistics.median(some) for some in zip(*runs, strict=True)] for runs in spent

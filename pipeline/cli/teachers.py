@@ -43,7 +43,7 @@ def label(state: RunState, shard: tuple[int, int], check: bool) -> None:
     when it is complete, and `kdpipe run` asks for whatever is missing.
     """
     from pipeline.run.attempt import job_outside_a_run
-    from pipeline.stages.ingest import label_shard
+    from pipeline.teachers.ingest import label_shard
 
     with job_outside_a_run(state, "ingest", lambda text: print_event(f"warning  {text}")) as job:
         splits = label_shard(job, state.config.params["ingest"], None if check else shard)

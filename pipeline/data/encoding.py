@@ -1,4 +1,4 @@
-"""The student's 8-bit encoding: chosen, judged and written."""
+"""The student's 8-bit encoding: chosen and judged."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from pipeline.facts import EncodingFacts
 from pipeline.params.ingest import StudentParams
 from pipeline.run.errors import InputError
 from pipeline.run.stage import Job
-from preprocessing.contract import ZScore
 from preprocessing.student_input import StudentInput, linear_encoding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.data.splits import Split
     from pipeline.data.survey import BandStatistics
-    from preprocessing.contract import Contract
+    from preprocessing.contract import Channels
 
 
 #: An encoding that gives the middle 98 % of a band fewer grey levels than this, or less than this
@@ -33,31 +29,29 @@ FEW_LEVELS = 48
 
 LOW_SQNR_DB = 30.0
 
-#: A patch of which the encoding cuts more than this share has lost its values.
-_MOST = 0.5
 
-
-def choose_student_input(
-    job: Job,
+def make_student_input(
     params: StudentParams,
-    contract: Contract,
-    statistics: dict[str, BandStatistics],
-    train: Split,
-) -> tuple[StudentInput, tuple[EncodingFacts, ...]]:
-    """The student's input, and per channel how well its 8-bit encoding carries the band."""
-    height, width, bands_in_data = train.source.shape(params.modality)
-    channels = contract.bind(params.modality, params.bands, bands_in_data)
-    found = statistics[params.modality]
-    samples = [found.sample[:, found.bands.index(band)] for band in params.bands]
-    ranges = [channels.scaling.dst_range] * len(params.bands)
-    if params.encoding == "percentile":
-        ranges = _fitted_ranges(params, channels.zscore, samples)
+    channels: Channels,
+    patch_hw: tuple[int, int],
+    ranges: Sequence[tuple[float, float]],
+    contract_sha256: str,
+) -> StudentInput:
+    """What the student sees, from its parameters and the range of each channel.
+
+    Args:
+        params: the section `ingest.student`.
+        channels: its bands.
+        patch_hw: size of the stored patches.
+        ranges: per channel, the contract units of grey level 0 and of grey level 255.
+        contract_sha256: of preprocessing.json.
+    """
     bilinear = params.interpolation == "bilinear"
-    same_size = (height, width) == (params.size, params.size)
-    student = StudentInput(
+    same_size = patch_hw == (params.size, params.size)
+    return StudentInput(
         modality=params.modality,
         bands=params.bands,
-        patch_hw=(height, width),
+        patch_hw=patch_hw,
         size_hw=(params.size, params.size),
         interpolation=params.interpolation,
         half_pixel_centers=bilinear
@@ -66,32 +60,22 @@ def choose_student_input(
         device_resize=not same_size
         and (params.device_resize == "device" or (params.device_resize == "auto" and bilinear)),
         encoding=params.encoding,
-        contract=contract.sha256,
+        contract=contract_sha256,
         **linear_encoding(ranges, channels),
     )
-    quality = []
-    for band, sample, (lo, hi) in zip(params.bands, samples, ranges, strict=True):
-        found_quality = encoding_quality(sample, lo, hi)
-        levels, sqnr = found_quality.levels98, found_quality.sqnr_db
-        quality.append(EncodingFacts(band, lo, hi, *astuple(found_quality)))
-        low = sqnr is not None and (levels < FEW_LEVELS or sqnr < LOW_SQNR_DB)
-        if params.encoding == "contract" and low:
-            job.warn(
-                f"8-bit encoding: the middle 98 % of {params.modality} band {band} use "
-                f"{levels:.0f} grey levels ({sqnr:.1f} dB); ingest.student.encoding: percentile "
-                "would use most of 256"
-            )
-    return student, tuple(quality)
 
 
-def _fitted_ranges(
-    params: StudentParams, zscore: ZScore | None, samples: Sequence[NDArray[np.float32]]
+def fit_ranges(
+    params: StudentParams, channels: Channels, statistics: BandStatistics
 ) -> list[tuple[float, float]]:
-    """Per band, percentiles of the training split, widened so that the device's constants fit."""
-    import numpy as np
+    """Per band, percentiles of the training split, widened so that the device's constants fit.
 
+    Raises:
+        InputError: the percentiles of a band are equal.
+    """
     ranges = []
-    for i, (band, sample) in enumerate(zip(params.bands, samples, strict=True)):
+    zscore = channels.zscore
+    for i, (band, sample) in enumerate(_samples(channels, statistics)):
         low, high = (float(v) for v in np.percentile(sample, params.percentiles))
         if low >= high:
             raise InputError(
@@ -104,47 +88,31 @@ def _fitted_ranges(
     return ranges
 
 
-def write_split(
-    job: Job, contract: Contract, student: StudentInput, split: Split, folder: Path
-) -> list[int]:
-    """Store a split as the 8-bit images that the device receives, with labels and rows.
+def judge_encoding(
+    job: Job, student: StudentInput, channels: Channels, statistics: BandStatistics
+) -> tuple[EncodingFacts, ...]:
+    """How well the 8-bit encoding carries each band; warns where it does so badly."""
+    quality = []
+    ends = zip(student.grey_lo, student.grey_hi, strict=True)
+    for (band, sample), (lo, hi) in zip(_samples(channels, statistics), ends, strict=True):
+        figures = encoding_quality(sample, lo, hi)
+        levels, sqnr = figures.levels98, figures.sqnr_db
+        quality.append(EncodingFacts(band, lo, hi, *astuple(figures)))
+        low = sqnr is not None and (levels < FEW_LEVELS or sqnr < LOW_SQNR_DB)
+        if student.encoding == "contract" and low:
+            job.warn(
+                f"8-bit encoding: the middle 98 % of {student.modality} band {band} use "
+                f"{levels:.0f} grey levels ({sqnr:.1f} dB); ingest.student.encoding: percentile "
+                "would use most of 256"
+            )
+    return tuple(quality)
 
-    Returns:
-        Rows of patches of which the encoding cuts most values.
-    """
-    import numpy as np
 
-    from pipeline.data.prefetch import prefetched
-    from pipeline.data.survey import BLOCK
-    from preprocessing.apply import encode, share_outside
-
-    folder.mkdir(parents=True)
-    shape = (len(split), *student.patch_hw, len(student.bands))
-    images = np.lib.format.open_memmap(
-        folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape
-    )
-    np.save(folder / "labels.npy", split.labels)
-    np.save(folder / "rows.npy", split.rows)
-    channels = contract.bind(
-        student.modality, student.bands, split.source.shape(student.modality)[2]
-    )
-    reading = (
-        (start, split.source.read(student.modality, rows, student.bands))
-        for start, rows in (
-            (start, split.rows[start : start + BLOCK]) for start in range(0, len(split), BLOCK)
-        )
-    )
-    outside: list[int] = []
-    with job.progress(f"images, {split.name}", len(split)) as bar:
-        for start, patches in prefetched(reading):
-            encoded = encode(patches, channels, student)
-            images[start : start + len(patches)] = encoded
-            ends = np.flatnonzero(np.isin(encoded, (0, 255)).mean(axis=(1, 2, 3)) > _MOST)
-            cut = ends[share_outside(patches[ends], channels, student) > _MOST]
-            outside += split.rows[start + cut].tolist()
-            bar.update(len(patches))
-    images.flush()
-    return outside
+def _samples(
+    channels: Channels, statistics: BandStatistics
+) -> list[tuple[int, NDArray[np.float32]]]:
+    """Each band with its sample, in contract units, (values,)."""
+    return [(b, statistics.sample[:, statistics.bands.index(b)]) for b in channels.bands]
 
 
 @dataclass(frozen=True)

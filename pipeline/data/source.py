@@ -19,9 +19,12 @@ from pipeline.run.files import replacing
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+    from typing import TypeVar
 
     import h5py
     from numpy.typing import NDArray
+
+    Scalar = TypeVar("Scalar", bound=np.generic)
 
     #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
     Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
@@ -68,11 +71,12 @@ class PatchSource:
         return self.reader(modality, rows, bands)
 
 
-def pick_bands(patches: NDArray[np.generic], bands: Sequence[int]) -> NDArray[np.generic]:
+def pick_bands(patches: NDArray[Scalar], bands: Sequence[int]) -> NDArray[Scalar]:
     """Some bands of (N, H, W, bands); a copy only where it must be."""
     first, count = bands[0], len(bands)
-    if list(bands) == list(range(first, first + count)):
-        return patches[..., first : first + count]
+    step = bands[1] - first if count > 1 else 1
+    if step and list(bands) == list(range(first, first + count * step, step)):
+        return patches[..., first::step][..., :count]
     return patches[..., list(bands)]
 
 

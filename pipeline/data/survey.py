@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.data.blocks import PIECE, Block, BlockReader
 from preprocessing.apply import scale
 
 if TYPE_CHECKING:
@@ -16,11 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.data.splits import Split
-    from preprocessing.contract import Contract
+    from preprocessing.contract import Channels
 
-
-#: Patches handled at a time.
-BLOCK = 2048
 
 #: Values per band that are kept for quantiles.
 SAMPLE = 400_000
@@ -44,54 +41,60 @@ class Survey:
 
     bad: NDArray[np.int64]  # rows with NaN or infinity in a band that somebody sees
     rows: NDArray[np.int64]  # the others
-    hashes: NDArray[np.uint64]  # of their contents
+    hashes: NDArray[np.int64]  # of their contents, see `hash_patches`
     statistics: dict[str, BandStatistics]  # by modality, of the others
 
 
 def survey(
     split: Split,
-    bands: Mapping[str, Sequence[int]],
-    contract: Contract,
+    channels: Mapping[str, Channels],
+    follow: Callable[[Block], object] = lambda block: None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Survey:
     """Read a split once, in blocks.
 
     Args:
         split: what to read.
-        bands: by modality, those that somebody sees.
-        contract: gives the scaling.
+        channels: by modality, the bands that somebody sees, ascending.
+        follow: called with every block of good patches, in order: who else needs them.
         progress: called with the number of patches just read.
     """
-    bad: list[NDArray[np.int64]] = []
-    good: list[NDArray[np.int64]] = []
-    hashes: list[int] = []
-    running = {
-        modality: _Running(tuple(some), _stride(split, modality))
-        for modality, some in bands.items()
-    }
-    for start in range(0, len(split), BLOCK):
-        rows = split.rows[start : start + BLOCK]
-        patches = {m: split.source.read(m, rows, some) for m, some in bands.items()}
-        finite = np.ones(len(rows), bool)
-        for some in patches.values():
-            if some.dtype.kind == "f":
-                finite &= np.isfinite(some).all(axis=(1, 2, 3))
-        bad.append(rows[~finite])
-        good.append(rows[finite])
-        kept = {m: some if finite.all() else some[finite] for m, some in patches.items()}
-        for i in range(int(finite.sum())):
-            digest = blake2b(digest_size=8)
-            for some in kept.values():
-                digest.update(np.ascontiguousarray(some[i]).data)
-            hashes.append(int.from_bytes(digest.digest(), "little"))
-        for modality, some in kept.items():
-            running[modality].add(some, scale(some, contract.scaling_of(modality)))
-        progress(len(rows))
+    reader = BlockReader(split, {modality: some.bands for modality, some in channels.items()})
+    moments = {m: _Moments(some, _stride(split, m)) for m, some in channels.items()}
+    rows: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    hashes: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    for block in reader:
+        rows.append(block.rows)
+        hashes.append(hash_patches(list(block.patches.values())))
+        for modality, patches in block.patches.items():
+            moments[modality].add(patches)
+        follow(block)
+        progress(len(block.rows))
+    good = np.concatenate(rows)
     return Survey(
-        bad=np.concatenate(bad),
-        rows=np.concatenate(good),
-        hashes=np.array(hashes, np.uint64),
-        statistics={m: r.result() for m, r in running.items()} if hashes else {},
+        bad=reader.bad,
+        rows=good,
+        hashes=np.concatenate(hashes),
+        statistics={m: some.result(*reader.extremes(m)) for m, some in moments.items()}
+        if len(good)
+        else {},
+    )
+
+
+def hash_patches(modalities: Sequence[NDArray[np.float32]]) -> NDArray[np.int64]:
+    """A number per patch, (N,), equal for equal contents and, in practice, for nothing else.
+
+    Python's own hash of bytes (SipHash) is keyed anew in every process: such numbers are for
+    comparing within one, and never kept.
+
+    Args:
+        modalities: the patches of each, (N, H, W, bands).
+    """
+    count = len(modalities[0])
+    return np.fromiter(
+        (hash(tuple(patches[i].tobytes() for patches in modalities)) for i in range(count)),
+        np.int64,
+        count,
     )
 
 
@@ -101,43 +104,58 @@ def _stride(split: Split, modality: str) -> int:
     return max(1, len(split) * height * width // SAMPLE) | 1
 
 
-class _Running:
-    """Extremes, mean and variance over blocks (Chan, Golub, LeVeque 1983), and a thin sample."""
+class _Moments:
+    """Mean and variance over blocks, and a thin sample.
 
-    def __init__(self, bands: tuple[int, ...], stride: int) -> None:
-        self._bands = bands
+    The sums run over each place of the patches on its own, which is what the processor is fast at,
+    and are of differences from an early mean, so that no digits cancel.
+    """
+
+    def __init__(self, channels: Channels, stride: int) -> None:
+        self._channels = channels
         self._stride = stride
-        self._seen = 0
-        self._minimum = np.full(len(bands), np.inf)
-        self._maximum = np.full(len(bands), -np.inf)
-        self._mean = np.zeros(len(bands))
-        self._squares = np.zeros(len(bands))
+        self._pixels = 0
         self._sample: list[NDArray[np.float32]] = []
 
-    def add(self, stored: NDArray[np.generic], scaled: NDArray[np.float32]) -> None:
-        if not len(stored):
-            return
-        raw = stored.reshape(-1, len(self._bands))
-        self._minimum = np.minimum(self._minimum, raw.min(axis=0))
-        self._maximum = np.maximum(self._maximum, raw.max(axis=0))
-        values = scaled.reshape(-1, len(self._bands))
-        self._sample.append(values[-self._seen % self._stride :: self._stride].copy())
-        mean = values.mean(axis=0, dtype=np.float64)
-        squares = np.square(values - mean).sum(axis=0)
-        total = self._seen + len(values)
-        shift = mean - self._mean
-        self._squares += squares + shift**2 * (self._seen * len(values) / total)
-        self._mean += shift * (len(values) / total)
-        self._seen = total
+    def add(self, patches: NDArray[np.float32]) -> None:
+        """Count some patches, (N, H, W, bands)."""
+        bands = len(self._channels.bands)
+        flat = patches.reshape(len(patches), -1)
+        self._sample.append(
+            flat.reshape(-1, bands)[-self._pixels % self._stride :: self._stride].copy()
+        )
+        if not self._pixels:
+            mean = self._clip(flat[:PIECE]).reshape(-1, bands).mean(axis=0, dtype=np.float64)
+            self._center = np.tile(mean, flat.shape[1] // bands)
+            self._sums = np.zeros((2, flat.shape[1]))
+        self._pixels += flat.size // bands
+        differences = np.empty((min(PIECE, len(flat)), flat.shape[1]))
+        for start in range(0, len(flat), PIECE):
+            values = self._clip(flat[start : start + PIECE])
+            part = np.subtract(values, self._center, out=differences[: len(values)])
+            self._sums[0] += part.sum(axis=0)
+            self._sums[1] += np.square(part, out=part).sum(axis=0)
 
-    def result(self) -> BandStatistics:
+    def _clip(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        scaling = self._channels.scaling
+        if scaling.type != "clip_linear":
+            return values
+        low, high = (np.float32(v) for v in scaling.src_range)
+        return np.clip(values, low, high)
+
+    def result(self, minimum: NDArray[np.float64], maximum: NDArray[np.float64]) -> BandStatistics:
+        """The statistics, beside the extremes of the stored values."""
+        channels = self._channels
+        bands, gain = len(channels.bands), channels.scaling.gain
+        shift, square = self._sums.reshape(2, -1, bands).sum(axis=1) / self._pixels
+        mean = self._center[:bands] + shift
         return BandStatistics(
-            bands=self._bands,
-            minimum=self._minimum,
-            maximum=self._maximum,
-            mean=self._mean,
-            sigma=np.sqrt(self._squares / self._seen),
-            sample=np.concatenate(self._sample),
+            bands=channels.bands,
+            minimum=minimum,
+            maximum=maximum,
+            mean=mean * gain + channels.scaling.offset,
+            sigma=np.sqrt(np.maximum(square - shift**2, 0)) * gain,
+            sample=scale(np.concatenate(self._sample), channels.scaling),
         )
 
 

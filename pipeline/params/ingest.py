@@ -46,3 +46,8 @@ class IngestParams(Params, frozen=True):
     doubtful_top1: Annotated[float, Meta(ge=0, le=1)] = 0.5  # below it, other conventions are tried
     max_mean_shift: Annotated[float, Meta(gt=0)] = 0.5  # of mu from the data's, in data sigmas
     max_sigma_ratio: Annotated[float, Meta(gt=1)] = 1.5  # of sigma to the data's, either way
+
+    @property
+    def viewers(self) -> tuple[TeacherParams | StudentParams, ...]:
+        """Everybody who sees bands of the data."""
+        return (*self.teachers, self.student)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from pipeline.facts import EnsembleFacts, TeacherFacts
 from pipeline.run.errors import InputError
-from pipeline.teachers.answer_cache import BLOCK, Labelling, picked, seen_bands, teacher_digest
 from pipeline.teachers.conventions import (
     describe_ensemble,
     describe_member,
@@ -27,12 +25,11 @@ from pipeline.teachers.ensemble import (
 from pipeline.teachers.soft_targets import (
     AnswerWriter,
     write_ensemble,
-    write_live_patches,
     write_live_teachers,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -40,11 +37,11 @@ if TYPE_CHECKING:
     from pipeline.data.splits import Split
     from pipeline.params.ingest import IngestParams
     from pipeline.run.stage import Job
+    from pipeline.teachers.logit_cache import LogitCache
     from pipeline.teachers.teacher import Teacher
-    from preprocessing.contract import Contract
 
 
-#: Labelled patches on which the range of the input is read and conventions are compared.
+#: Labeled patches on which the range of the input is read and conventions are compared.
 SAMPLE = 256
 
 #: Another convention must beat the contract's by this share of patches before it is pointed out.
@@ -54,16 +51,6 @@ _CLEARLY_BETTER = 0.05
 _OTHER_PATCHES = (
     "The seed draws val: if they were recorded on other patches, widen ingest.max_top1_difference. "
 )
-
-
-def labelling(
-    job: Job, params: IngestParams, contract: Contract, teachers: list[Teacher]
-) -> Labelling:
-    """The teachers with the folder of their answers, which the runs of a project share."""
-    digests = [
-        teacher_digest(t, contract.sha256, [job.digest(f) for f in t.files]) for t in teachers
-    ]
-    return Labelling(teachers, digests, params.views, job.seed, job.cache / "labels")
 
 
 def needed_views(params: IngestParams, splits: Mapping[str, Split]) -> dict[str, int]:
@@ -76,57 +63,49 @@ def needed_views(params: IngestParams, splits: Mapping[str, Split]) -> dict[str,
 def teach(
     job: Job,
     params: IngestParams,
-    contract: Contract,
-    teachers: list[Teacher],
-    threads: str,
+    cache: LogitCache,
     splits: Mapping[str, Split],
+    digests: Mapping[str, str],
+    threads: str,
 ) -> EnsembleFacts:
-    """Write the artifact `teaching` and return the facts about the teachers.
+    """Ask the teachers whatever is not known yet, and write the artifact `teaching`.
 
-    `threads` says in words how onnxruntime runs them.
+    Args:
+        job: of ingest.
+        params: the section `ingest`.
+        cache: the teachers and what they said so far.
+        splits: without bad patches.
+        digests: by split, of what is read from its file.
+        threads: how onnxruntime runs the teachers, in words.
 
     Raises:
         InputError: a teacher is not the one that was recorded.
     """
-    asked = labelling(job, params, contract, teachers)
     val = splits["val"]
-    digest = {n: params.data.reading(job.digest(s.source.path)) for n, s in splits.items()}
-    _label(job, asked, val, digest["val"], 1)
-    outputs = _first_outputs(asked, val, digest["val"])
-    probabilities = [gives_probabilities(found) for found in outputs]
+    _fill(job, cache, val, digests["val"], 1)
+    outputs = _first_outputs(cache, val, digests["val"])
+    probabilities = [gives_probabilities(one) for one in outputs]
     logits = [to_logits(o, p) for o, p in zip(outputs, probabilities, strict=True)]
-    described = _describe(job, params, teachers, val, logits, probabilities)
-
-    temperatures = [1.0] * len(teachers)
+    described = _describe(job, params, cache.teachers, val, logits, probabilities)
+    temperatures = [1.0] * len(logits)
     if params.calibrate_temperatures:
-        temperatures = [fitted_temperature(found, val.labels) for found in logits]
-    members = tuple(
-        Member(
-            name=teacher.name,
-            params=replace(teacher.params, path=teacher.files[0].name if teacher.files else None),
-            probabilities=found,
-            temperature=temperature,
-            bands_in_data=val.source.shape(teacher.modality)[2],
-        )
-        for teacher, found, temperature in zip(teachers, probabilities, temperatures, strict=True)
-    )
-    ensemble = Ensemble(members, params.combine, params.views, job.seed)
+        temperatures = [fitted_temperature(one, val.labels) for one in logits]
+    ensemble = _make_ensemble(job, params, cache.teachers, val, probabilities, temperatures)
     folder = job.outputs.teaching
     write_ensemble(folder, params.teacher_mode, ensemble, np.stack(logits))
     if params.teacher_mode == "live":
-        write_live_teachers(folder, teachers)
-    for name in ("train", "unlabeled"):
-        if name in splits and params.teacher_mode == "live":
-            write_live_patches(folder, splits[name], teachers, BLOCK)
-        elif name in splits:
-            _keep_answers(job, asked, ensemble, splits[name], digest[name], folder)
+        write_live_teachers(folder, cache.teachers)
+    for name, views in needed_views(params, splits).items():
+        if name != "val":
+            _fill(job, cache, splits[name], digests[name], views)
+            _write_logits(cache, ensemble, splits[name], digests[name], views, folder)
 
-    weights = [teacher.params.weight for teacher in teachers]
+    weights = [member.params.weight for member in ensemble.members]
     together = ensemble.logits(outputs)
     rules, agreement = describe_ensemble(logits, weights, temperatures, val.labels)
     return EnsembleFacts(
         members=tuple(
-            msgspec.structs.replace(member, temperature=temperature)
+            replace(member, temperature=temperature)
             for member, temperature in zip(described, temperatures, strict=True)
         ),
         rule=params.combine,
@@ -143,42 +122,61 @@ def teach(
     )
 
 
-def _label(job: Job, asked: Labelling, split: Split, digest: str, views: int) -> None:
+def _make_ensemble(
+    job: Job,
+    params: IngestParams,
+    teachers: Sequence[Teacher],
+    val: Split,
+    probabilities: Sequence[bool],
+    temperatures: Sequence[float],
+) -> Ensemble:
+    members = tuple(
+        Member(
+            name=teacher.name,
+            params=replace(teacher.params, path=teacher.files[0].name if teacher.files else None),
+            probabilities=as_probabilities,
+            temperature=temperature,
+            bands_in_data=val.source.shape(teacher.modality)[2],
+        )
+        for teacher, as_probabilities, temperature in zip(
+            teachers, probabilities, temperatures, strict=True
+        )
+    )
+    return Ensemble(members, params.combine, params.views, job.seed)
+
+
+def _fill(job: Job, cache: LogitCache, split: Split, digest: str, views: int) -> None:
     with job.progress(f"teachers, {split.name}", len(split)) as bar:
-        asked.label(split, digest, views, done=bar.update)
+        cache.fill(split, digest, views, progress=bar.update)
 
 
-def _first_outputs(asked: Labelling, split: Split, digest: str) -> list[NDArray[np.float32]]:
+def _first_outputs(cache: LogitCache, split: Split, digest: str) -> list[NDArray[np.float32]]:
     """Each teacher's final output for view 0 of a split, (N, classes)."""
-    blocks = [[first[0] for first, *_ in found] for _, found in asked.answers(split, digest, 1)]
+    blocks = [[first[0] for first, *_ in outputs] for _, outputs in cache.read(split, digest, 1)]
     return [np.concatenate(same) for same in zip(*blocks, strict=True)]
 
 
-def _keep_answers(
-    job: Job, asked: Labelling, ensemble: Ensemble, split: Split, digest: str, folder: Path
+def _write_logits(
+    cache: LogitCache, ensemble: Ensemble, split: Split, digest: str, views: int, folder: Path
 ) -> None:
-    views = asked.views.count
-    _label(job, asked, split, digest, views)
     writer = AnswerWriter(folder, split.name, ensemble, len(split))
-    for part, found in asked.answers(split, digest, views):
-        writer.add(part, found)
+    for part, outputs in cache.read(split, digest, views):
+        writer.add(part, outputs)
 
 
 def _describe(
     job: Job,
     params: IngestParams,
-    teachers: list[Teacher],
+    teachers: Sequence[Teacher],
     val: Split,
     logits: list[NDArray[np.float32]],
     probabilities: list[bool],
 ) -> list[TeacherFacts]:
     """Figures of every teacher; the first one that is not what was recorded ends the stage."""
-    bands = seen_bands(teachers)
-    chosen = np.unique(np.linspace(0, len(val) - 1, min(SAMPLE, len(val))).round().astype(int))
-    patches = {m: val.source.read(m, val.rows[chosen], some) for m, some in bands.items()}
+    rows = np.unique(np.linspace(0, len(val) - 1, min(SAMPLE, len(val))).round().astype(int))
     described = []
     for teacher, found, as_probabilities in zip(teachers, logits, probabilities, strict=True):
-        sample = picked(patches, bands, teacher)
+        sample = val.source.read(teacher.modality, val.rows[rows], teacher.bands)
         figures = describe_member(teacher, found, val.labels, sample)
         missed = missed_records(
             teacher,
@@ -192,14 +190,14 @@ def _describe(
             figures.top1_val < params.doubtful_top1
         )
         if missed or doubtful:
-            tried = try_conventions(teacher, sample, val.labels[chosen])
-            _point_out(job, teacher, tried, len(chosen))
+            tried = try_conventions(teacher, sample, val.labels[rows])
+            _point_out(job, teacher, tried, len(rows))
         if missed:
             others = params.data.val.fraction is not None
             raise InputError(
                 f"{teacher.name} is not the teacher that was recorded: on validation "
                 f"{'; '.join(map(str, missed))}. {_OTHER_PATCHES if others else ''}Top-1 on "
-                f"{len(chosen)} of its patches by convention: {_listed(tried)}"
+                f"{len(rows)} of its patches by convention: {_listed(tried)}"
             )
         ending = "probabilities" if as_probabilities else teacher.ending
         if ending != "logits":

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
+from pipeline.data.array_file import ArrayFile
+from pipeline.data.blocks import Block, bands_by_modality
 from pipeline.data.views import take_view
-from pipeline.teachers.answer_cache import picked, seen_bands
 from pipeline.teachers.ensemble import Ensemble
 from pipeline.teachers.open import open_teachers
 from pipeline.teachers.teacher import Teacher
@@ -92,7 +93,7 @@ class Teaching:
                 for i, m in enumerate(self.ensemble.members)
             ]
             self._teachers, _ = open_teachers(files, contract)
-        bands = seen_bands(self._teachers)
+        bands = bands_by_modality(self._teachers)
         rows = self._array(f"{split}-rows")[indices]
         patches = {
             m: take_view(
@@ -104,7 +105,8 @@ class Teaching:
             )
             for m in bands
         }
-        outputs = [t.outputs(picked(patches, bands, t)) for t in self._teachers]
+        block = Block(rows, bands, patches)
+        outputs = [t.outputs(block.select(t)) for t in self._teachers]
         logits = self.ensemble.logits([first for first, *_ in outputs])
         return Answer(logits, [feature for _, *features in outputs for feature in features])
 
@@ -166,18 +168,30 @@ def write_live_teachers(folder: Path, teachers: Sequence[Teacher]) -> None:
             shutil.copyfile(file, copy)
 
 
-def write_live_patches(folder: Path, split: Split, teachers: Sequence[Teacher], block: int) -> None:
-    """Copy the bands of a split that the teachers see, float32, and its rows."""
-    for modality, bands in seen_bands(teachers).items():
-        height, width, _ = split.source.shape(modality)
-        copy = np.lib.format.open_memmap(
-            folder / f"{split.name}-{modality}.npy",
-            mode="w+",
-            dtype=np.float32,
-            shape=(len(split), height, width, len(bands)),
-        )
-        for start in range(0, len(split), block):
-            rows = split.rows[start : start + block]
-            copy[start : start + len(rows)] = split.source.read(modality, rows, bands)
-        copy.flush()
-    np.save(folder / f"{split.name}-rows.npy", split.rows)
+class LivePatchWriter:
+    """Copies the bands of a split that the teachers see, float32, block by block."""
+
+    def __init__(self, folder: Path, split: Split, teachers: Sequence[Teacher]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._rows = folder / f"{split.name}-rows.npy"
+        self._files = []
+        for modality, bands in bands_by_modality(teachers).items():
+            height, width, _ = split.source.shape(modality)
+            path = folder / f"{split.name}-{modality}.npy"
+            shape = (height, width, len(bands))
+            self._files.append((modality, bands, ArrayFile(path, np.float32, len(split), shape)))
+
+    def add(self, block: Block) -> None:
+        """Take the next patches."""
+        for modality, bands, file in self._files:
+            file.append(block.pick(modality, bands))
+
+    def finish(self, split: Split) -> None:
+        """Write the rows of the patches that were added."""
+        self.close()
+        np.save(self._rows, split.rows)
+
+    def close(self) -> None:
+        """Close the files."""
+        for _, _, file in self._files:
+            file.close()

@@ -7,11 +7,15 @@ from tiny_project import make_contract, make_patches
 from pipeline.data.arrays import open_npz
 from pipeline.data.encoding import encoding_quality
 from pipeline.data.splits import Split
-from pipeline.data.survey import BLOCK, find_leaks, rows_elsewhere, survey
+from pipeline.data.survey import find_leaks, rows_elsewhere, survey
 from preprocessing.contract import parse_contract
 
 PATCHES, _ = make_patches(500, seed=0)
 CONTRACT = parse_contract(json.dumps(make_contract(PATCHES)).encode())
+
+
+def channels_of(*bands):
+    return {"optical": CONTRACT.bind("optical", bands, 4)}
 
 
 def split_of(tmp_path, patches, name="train"):
@@ -21,11 +25,10 @@ def split_of(tmp_path, patches, name="train"):
 
 
 def test_statistics_are_numpys_in_contract_units(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.survey.BLOCK", 64)  # so that blocks are merged
+    monkeypatch.setattr("pipeline.data.blocks.BLOCK", 64)  # so that blocks are merged
     seen = []
-    found = survey(split_of(tmp_path, PATCHES), {"optical": [0, 3]}, CONTRACT, seen.append)
+    found = survey(split_of(tmp_path, PATCHES), channels_of(0, 3), progress=seen.append)
     assert sum(seen) == 500
-    assert BLOCK > 64
     of = found.statistics["optical"]
     picked = PATCHES[..., [0, 3]].astype(np.float64)
     scaled = picked * 255 / 2.8
@@ -38,8 +41,8 @@ def test_statistics_are_numpys_in_contract_units(tmp_path, monkeypatch):
 
 def test_the_sample_is_thin_and_even(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.data.survey.SAMPLE", 700)
-    monkeypatch.setattr("pipeline.data.survey.BLOCK", 37)
-    of = survey(split_of(tmp_path, PATCHES), {"optical": [1]}, CONTRACT).statistics["optical"]
+    monkeypatch.setattr("pipeline.data.blocks.BLOCK", 37)
+    of = survey(split_of(tmp_path, PATCHES), channels_of(1)).statistics["optical"]
     stride = 500 * 16 // 700 | 1
     values = (PATCHES[..., 1].reshape(-1) * np.float32(255 / 2.8))[::stride]
     assert len(of.sample) == len(values)
@@ -51,7 +54,7 @@ def test_patches_with_nan_or_infinity_in_a_seen_band_are_found(tmp_path):
     patches[7, 0, 0, 1] = np.nan
     patches[9, 3, 3, 3] = np.inf
     patches[11, 0, 0, 2] = np.nan  # a band nobody sees
-    found = survey(split_of(tmp_path, patches), {"optical": [1, 3]}, CONTRACT)
+    found = survey(split_of(tmp_path, patches), channels_of(1, 3))
     assert found.bad.tolist() == [7, 9]
     assert len(found.rows) == len(found.hashes) == 498
     assert np.isfinite(found.statistics["optical"].mean).all()
@@ -61,7 +64,7 @@ def test_the_same_patch_in_two_splits_is_reported_with_its_rows(tmp_path):
     test, _ = make_patches(50, seed=1)
     test[[3, 20]] = PATCHES[[400, 10]]
     surveys = {
-        name: survey(split_of(tmp_path, patches, name), {"optical": [0, 1, 2, 3]}, CONTRACT)
+        name: survey(split_of(tmp_path, patches, name), channels_of(0, 1, 2, 3))
         for name, patches in (("train", PATCHES), ("test", test))
     }
     (leak,) = find_leaks(surveys)
@@ -75,7 +78,7 @@ def test_every_row_that_is_in_another_split_is_listed_repeated_ones_too(tmp_path
     train[50] = train[10]  # a copy of a copy is in test too
     val, test = PATCHES[30:45], PATCHES[:20]
     surveys = {
-        name: survey(split_of(tmp_path, patches, name), {"optical": [0, 1, 2, 3]}, CONTRACT)
+        name: survey(split_of(tmp_path, patches, name), channels_of(0, 1, 2, 3))
         for name, patches in (("train", train), ("val", val), ("test", test))
     }
     assert rows_elsewhere(surveys).tolist() == [*range(20), *range(30, 45), 50]

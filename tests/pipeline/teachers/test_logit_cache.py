@@ -5,10 +5,11 @@ import pytest
 from tiny_project import make_contract, make_patches, make_teacher
 
 from pipeline.data.arrays import open_npz
+from pipeline.data.blocks import BLOCK
 from pipeline.data.splits import Split
 from pipeline.data.views import take_view
 from pipeline.params.sources import TeacherParams, ViewParams
-from pipeline.teachers.answer_cache import BLOCK, Labelling, teacher_digest
+from pipeline.teachers.logit_cache import LogitCache, teacher_digest
 from pipeline.teachers.open import open_teacher
 from preprocessing.contract import parse_contract
 
@@ -37,7 +38,7 @@ def asked(tmp_path):
     digests = [teacher_digest(t, contract.sha256, [t.name]) for t in teachers]
     source = open_npz(tmp_path / "x.npz", {"optical": "images"}, "labels")
     split = Split("train", source, np.arange(COUNT))
-    return Labelling(teachers, digests, ViewParams(count=3), 7, tmp_path / "labels"), split
+    return LogitCache(teachers, digests, ViewParams(count=3), 7, tmp_path / "labels"), split
 
 
 def files(asked):
@@ -45,38 +46,36 @@ def files(asked):
 
 
 def test_the_answers_are_those_of_the_teachers_to_each_view(asked):
-    labelling, split = asked
-    labelling.label(split, "s", 3)
+    cache, split = asked
+    cache.fill(split, "s", 3)
     patches = split.source.read("optical", split.rows, range(4))
     whole = [[], []]
-    for part, found in labelling.answers(split, "s", 3):
+    for part, found in cache.read(split, "s", 3):
         assert found[0][0].shape == (3, part.stop - part.start, 3)
         for i in (0, 1):
             whole[i].append(found[i][0])
             assert found[i][1].shape[2:] == ((3, 1, 1), (2, 1, 1))[i]
-    for i, teacher in enumerate(labelling.teachers):
+    for i, teacher in enumerate(cache.teachers):
         cached = np.concatenate(whole[i], axis=1)
         for view in range(3):
-            seen = take_view(patches, split.rows, view, labelling.views, 7)[
-                ..., list(teacher.bands)
-            ]
+            seen = take_view(patches, split.rows, view, cache.views, 7)[..., list(teacher.bands)]
             assert cached[view] == pytest.approx(teacher.outputs(seen)[0], abs=1e-5)
         assert not np.allclose(cached[0], cached[1])
 
 
 def test_shards_together_are_the_whole_and_tell_what_is_missing(asked):
-    labelling, split = asked
-    assert labelling.missing(split, "s", 1) == (3, 3)
+    cache, split = asked
+    assert cache.count_missing(split, "s", 1) == (3, 3)
     counted = []
-    labelling.label(split, "s", 1, shard=(1, 2), done=counted.append)
+    cache.fill(split, "s", 1, shard=(1, 2), progress=counted.append)
     assert sum(counted) == BLOCK
-    assert labelling.missing(split, "s", 1) == (2, 3)
-    labelling.label(split, "s", 1, shard=(0, 2))
-    assert labelling.missing(split, "s", 1) == (0, 3)
+    assert cache.count_missing(split, "s", 1) == (2, 3)
+    cache.fill(split, "s", 1, shard=(0, 2))
+    assert cache.count_missing(split, "s", 1) == (0, 3)
 
 
 def test_a_kill_costs_the_block_it_came_in_and_nothing_else(asked):
-    labelling, split = asked
+    cache, split = asked
 
     class Killed(BaseException):
         pass
@@ -89,29 +88,29 @@ def test_a_kill_costs_the_block_it_came_in_and_nothing_else(asked):
             raise Killed
 
     with pytest.raises(Killed):
-        labelling.label(split, "s", 1, done=kill_after_the_first_block)
-    kept = {path: path.stat().st_mtime_ns for path in files(labelling)}
+        cache.fill(split, "s", 1, progress=kill_after_the_first_block)
+    kept = {path: path.stat().st_mtime_ns for path in files(cache)}
     assert len(kept) == 2  # one block of each teacher
-    labelling.label(split, "s", 1)
+    cache.fill(split, "s", 1)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(files(labelling)) == 6
+    assert len(files(cache)) == 6
     for path, damage in zip(kept, (lambda b: b[: len(b) // 2], lambda b: b""), strict=True):
         path.write_bytes(damage(path.read_bytes()))  # copied by halves from another machine
-    assert labelling.missing(split, "s", 1) == (1, 3)
-    labelling.label(split, "s", 1)
-    assert len(list(labelling.answers(split, "s", 1))) == 3
+    assert cache.count_missing(split, "s", 1) == (1, 3)
+    cache.fill(split, "s", 1)
+    assert len(list(cache.read(split, "s", 1))) == 3
 
 
 def test_whatever_decides_an_answer_decides_its_name(asked):
-    labelling, split = asked
-    labelling.label(split, "s", 1)
-    before = files(labelling)
-    labelling.label(split, "s", 1)
-    assert files(labelling) == before
-    assert labelling.missing(split, "other source", 1)[0] == 3
-    assert labelling.missing(split, "s", 2)[0] == 3
-    assert labelling.missing(split.without(np.array([5])), "s", 1)[0] == 3
-    first = labelling.teachers[0]
+    cache, split = asked
+    cache.fill(split, "s", 1)
+    before = files(cache)
+    cache.fill(split, "s", 1)
+    assert files(cache) == before
+    assert cache.count_missing(split, "other source", 1)[0] == 3
+    assert cache.count_missing(split, "s", 2)[0] == 3
+    assert cache.count_missing(split.without(np.array([5])), "s", 1)[0] == 3
+    first = cache.teachers[0]
     one = teacher_digest(first, "contract", ["file"])
     assert one == teacher_digest(first, "contract", ["file"])
     assert one != teacher_digest(first, "another", ["file"])
