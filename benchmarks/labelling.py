@@ -25,7 +25,7 @@ import torch
 from timm.models.densenet import DenseNet
 
 from metis.graph.sessions import Threads, open_session
-from pipeline.data.hdf5 import open_so2sat
+from pipeline.data.formats.so2sat_h5 import open_so2sat
 from pipeline.data.splits import Split
 from pipeline.data.synthetic import write_so2sat
 from pipeline.params.sources import TeacherParams, ViewParams

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import h5py
 import numpy as np
 
-from pipeline.data.hdf5 import open_so2sat
+from pipeline.data.formats.so2sat_h5 import open_so2sat
 from pipeline.data.source import PatchSource, cached
 from pipeline.data.synthetic import write_so2sat
 

@@ -16,8 +16,8 @@ TRAINING = ("torch", "timm", "lightning", "onnxsim", "safetensors", "tensorboard
 
 #: Files and rooms that import what an extra brings.
 HEAVY = (
-    "pipeline.data.hdf5",
-    "pipeline.data.image_folder",
+    "pipeline.data.formats.so2sat_h5",
+    "pipeline.data.formats.image_folder",
     "pipeline.data.synthetic",
 )
 

@@ -1,4 +1,4 @@
-"""Sources of patches: NumPy files, So2Sat HDF5, folders of images.
+"""Sources of patches, whatever their format.
 
 A source never holds a whole file in memory: arrays are mapped, HDF5 is read in contiguous slabs,
 images are decoded when they are asked for.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.params.formats import FORMATS
 from pipeline.run.errors import InputError
 from pipeline.run.files import replacing
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     import h5py
     from numpy.typing import NDArray
+
+    from pipeline.params.sources import DataParams
 
     Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -69,6 +73,26 @@ class PatchSource:
         """
         self.shape(modality)
         return self.reader(modality, rows, bands)
+
+
+def open_source(
+    data: DataParams, path: Path, labels: Path | None, classes: Sequence[str]
+) -> PatchSource:
+    """Open one file or folder, in the format that the data section names.
+
+    Args:
+        data: the section `ingest.data`.
+        path: the file or folder.
+        labels: format npy: the file of class indices, if there is one.
+        classes: names; format image-folder knows its folders by them; empty: one flat folder of
+            images without labels.
+
+    Raises:
+        InputError: not a source of this format, or not as described.
+    """
+    module, _, name = FORMATS[data.format].opener.partition(":")
+    source: PatchSource = getattr(import_module(module), name)(data, path, labels, classes)
+    return source
 
 
 def pick_bands(patches: NDArray[Scalar], bands: Sequence[int]) -> NDArray[Scalar]:

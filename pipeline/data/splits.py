@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.data.formats import open_source
+from pipeline.data.source import open_source
 from pipeline.params.sources import UNLABELED
 from pipeline.run.errors import InputError
 

@@ -13,11 +13,14 @@ class Format:
     #: and the names of the classes; returns a `pipeline.data.source.PatchSource`.
     opener: str
     packages: tuple[str, ...] = ()  # of the extra `data`, by the names they are imported by
+    labels_apart: bool = False  # whether labels lie in a file of their own
 
 
 FORMATS = {
-    "npz": Format("pipeline.data.arrays:from_npz"),
-    "npy": Format("pipeline.data.arrays:from_npy"),
-    "so2sat-h5": Format("pipeline.data.hdf5:from_so2sat", ("h5py",)),
-    "image-folder": Format("pipeline.data.image_folder:from_image_folder", ("png", "tifffile")),
+    "npz": Format("pipeline.data.formats.npz:from_npz"),
+    "npy": Format("pipeline.data.formats.npy:from_npy", labels_apart=True),
+    "so2sat-h5": Format("pipeline.data.formats.so2sat_h5:from_so2sat", ("h5py",)),
+    "image-folder": Format(
+        "pipeline.data.formats.image_folder:from_image_folder", ("png", "tifffile")
+    ),
 }

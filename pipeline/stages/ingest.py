@@ -76,9 +76,11 @@ def _ready_split(format: str, name: str, split: SplitParams) -> None:
         raise InputError(f"{where}.path is missing: name the file of the {name} split")
     if split.rows and split.indices:
         raise InputError(f"{where}: rows and indices both say which rows; keep one")
-    needs_labels = format == "npy" and name != "unlabeled"
+    needs_labels = FORMATS[format].labels_apart and name != "unlabeled"
     if needs_labels and split.path and split.labels is None:
-        raise InputError(f"{where}.labels: format npy keeps labels in a file of their own; name it")
+        raise InputError(
+            f"{where}.labels: format {format} keeps labels in a file of their own; name it"
+        )
     if not needs_labels and split.labels is not None:
         why = "nobody looks at them" if name == "unlabeled" else f"format {format} has them inside"
         raise InputError(f"{where}.labels: {why}; leave this out")

@@ -7,11 +7,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from pipeline.data.arrays import open_npy, open_npz
-from pipeline.data.formats import open_source
-from pipeline.data.hdf5 import open_so2sat
-from pipeline.data.image_folder import open_image_folder
-from pipeline.data.source import cached
+from pipeline.data.formats.image_folder import open_image_folder
+from pipeline.data.formats.npy import open_npy
+from pipeline.data.formats.npz import open_npz
+from pipeline.data.formats.so2sat_h5 import open_so2sat
+from pipeline.data.source import cached, open_source
 from pipeline.data.synthetic import write_so2sat
 from pipeline.params.sources import DataParams
 from pipeline.run.errors import InputError

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_project import make_contract, make_patches
 
-from pipeline.data.arrays import open_npz
 from pipeline.data.encoding import encoding_quality
+from pipeline.data.formats.npz import open_npz
 from pipeline.data.splits import Split
 from pipeline.data.survey import find_leaks, rows_elsewhere, survey
 from preprocessing.contract import parse_contract

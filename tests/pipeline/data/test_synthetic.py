@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.data.hdf5 import open_so2sat
+from pipeline.data.formats.so2sat_h5 import open_so2sat
 from pipeline.data.synthetic import write_so2sat
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"

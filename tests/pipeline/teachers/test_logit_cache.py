@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_project import make_contract, make_patches, make_teacher
 
-from pipeline.data.arrays import open_npz
 from pipeline.data.blocks import BLOCK
+from pipeline.data.formats.npz import open_npz
 from pipeline.data.splits import Split
 from pipeline.data.views import take_view
 from pipeline.params.sources import TeacherParams, ViewParams

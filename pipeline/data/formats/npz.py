@@ -1,4 +1,4 @@
-"""Patches in npz and npy files, mapped and never read whole."""
+"""Patches in NumPy archives (.npz), mapped and never read whole."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.data.source import PatchSource, check_patches, common_length, pick_bands
+from pipeline.data.formats.npy import array_source
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from pipeline.data.source import PatchSource
     from pipeline.params.sources import DataParams
-
-    #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
-    Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
 
 
 def from_npz(
@@ -30,13 +28,6 @@ def from_npz(
 ) -> PatchSource:
     """Format npz; see `pipeline.params.formats`."""
     return open_npz(path, data.modalities or {"optical": "images"}, data.labels or "labels")
-
-
-def from_npy(
-    data: DataParams, path: Path, labels: Path | None, classes: Sequence[str]
-) -> PatchSource:
-    """Format npy; see `pipeline.params.formats`."""
-    return open_npy(path, data.only_modality(), labels)
 
 
 def open_npz(path: Path, modalities: Mapping[str, str], labels: str) -> PatchSource:
@@ -64,41 +55,7 @@ def open_npz(path: Path, modalities: Mapping[str, str], labels: str) -> PatchSou
             indices = _map_member(archive, path, members[labels]) if labels in members else None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, _NpyError) as error:
         raise InputError(f"{path.name} is not a readable .npz file: {error}") from error
-    return _array_source(path, arrays, indices, modalities, labels)
-
-
-def open_npy(path: Path, modality: str, labels: Path | None) -> PatchSource:
-    """One .npy of patches (N, H, W, bands), and one of class indices (N,).
-
-    Raises:
-        InputError: no .npy, another form, or another length.
-    """
-    arrays = {modality: _map_npy(path)}
-    if labels is None:
-        return _array_source(path, arrays, None, {modality: path.name}, "")
-    return _array_source(path, arrays, _map_npy(labels), {modality: path.name}, labels.name)
-
-
-def _array_source(
-    path: Path,
-    arrays: Mapping[str, NDArray[Any]],
-    indices: NDArray[Any] | None,
-    names: Mapping[str, str],
-    labels_name: str,
-) -> PatchSource:
-    for modality, array in arrays.items():
-        check_patches(path, names[modality], array)
-    labels = None if indices is None else _class_indices(path, indices, labels_name)
-    lengths = {names[modality]: len(array) for modality, array in arrays.items()}
-    if labels is not None:
-        lengths[labels_name] = len(labels)
-    return PatchSource(
-        path=path,
-        count=common_length(path, lengths),
-        shapes={m: (a.shape[1], a.shape[2], a.shape[3]) for m, a in arrays.items()},
-        labels=labels,
-        reader=lambda modality, rows, bands: pick_bands(arrays[modality][rows], bands),
-    )
+    return array_source(path, arrays, indices, modalities, labels)
 
 
 class _NpyError(ValueError):
@@ -135,21 +92,3 @@ def _map_member(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo) -> 
         return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order=order)
     except ValueError as error:
         raise _NpyError(f"{info.filename}: {error}") from error
-
-
-def _map_npy(path: Path) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path.name} is not a readable .npy file: {error}") from error
-    return array
-
-
-def _class_indices(path: Path, labels: NDArray[Any], name: str) -> NDArray[np.int64]:
-    if labels.ndim != 1 or labels.dtype.kind not in "ui":
-        raise InputError(
-            f"{path.name}: {name!r} must be one class index per patch, not {labels.dtype} of shape "
-            f"{labels.shape}"
-        )
-    indices: NDArray[np.int64] = labels.astype(np.int64)
-    return indices

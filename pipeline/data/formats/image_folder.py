@@ -14,15 +14,12 @@ from pipeline.run.errors import InputError
 from preprocessing.images import class_folders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from pipeline.params.sources import DataParams
-
-    #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
-    Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
 
 
 def from_image_folder(

@@ -12,15 +12,12 @@ from pipeline.data.synthetic import MARK
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from pipeline.params.sources import DataParams
-
-    #: (modality, ascending rows, bands) -> stored values, (rows, H, W, bands)
-    Reader = Callable[[str, NDArray[np.int64], Sequence[int]], NDArray[np.generic]]
 
 
 #: HDF5 slabs are read whole when at least this share of their rows is wanted.

@@ -1,0 +1,1 @@
+"""Data formats, one file each; the table of them is pipeline/params/formats.py."""
