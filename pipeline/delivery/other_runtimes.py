@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.data.dataset import StudentData
 from pipeline.networks.inference import answers, reference_network
-from pipeline.run.errors import StageError, require_extra
+from pipeline.run.errors import StageError, first_line, require_extra
 from pipeline.run.files import new_folder
 from pipeline.tasks.metrics import agreement, top1, undisputed_agreement
 from pipeline.training.job import load_trained_student
@@ -115,9 +115,8 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
                     val.images, student_input, reference_network(paths.student), format.open(file)
                 )
             except Exception as error:  # each writer and reader has exceptions of its own
-                words = (str(error) or type(error).__name__).strip().splitlines()[0]
                 raise StageError(
-                    f"{name}: {format.tool} gives up on the student: {words}"
+                    f"{name}: {format.tool} gives up on the student: {first_line(error)}"
                 ) from error
             exported.append(_compare(name, file, format, exact, logits, val.labels))
             if format.exact:

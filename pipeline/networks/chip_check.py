@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.networks.names import ALIASES
-from pipeline.run.errors import ConfigError, InputError, StageError, nearest, require_extra
+from pipeline.run.errors import (
+    ConfigError,
+    InputError,
+    StageError,
+    first_line,
+    nearest,
+    require_extra,
+)
 
 if TYPE_CHECKING:
     from metis.operators.legalizer import Legalized
@@ -51,8 +58,7 @@ def _check_file(path: Path) -> Legalized:
         graph = onnx.load(path)
         onnx.checker.check_model(graph)
     except Exception as error:  # protobuf, onnx and the system have their own kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is no readable ONNX graph: {first}") from error
+        raise InputError(f"{path} is no readable ONNX graph: {first_line(error)}") from error
     try:
         return legalize(graph)
     except RewriteError as error:

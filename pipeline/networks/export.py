@@ -16,7 +16,7 @@ from torch import nn
 
 from metis.operators.legalizer import RewriteError, legalize
 from pipeline.facts import ExportFacts
-from pipeline.run.errors import StageError
+from pipeline.run.errors import StageError, first_line
 from pipeline.tasks.metrics import undisputed_agreement
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def export_network(
                 output_names=["logits"],
             )
     except torch.onnx.OnnxExporterError as error:
-        first = str(error).strip().splitlines()[0]
-        raise StageError(f"torch can't write the network as ONNX: {first[:200]}") from error
+        reason = first_line(error)[:200]
+        raise StageError(f"torch can't write the network as ONNX: {reason}") from error
     simplified, proven = onnxsim.simplify(onnx.load(path))
     if not proven:
         raise StageError("onnxsim could not prove the simplified student equal to the exported one")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from pipeline.run.errors import InputError
+from pipeline.run.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,4 +115,4 @@ def _why(error: Exception) -> str:
             f"it holds {held[1]}, which would run code; save the weights alone: "
             "torch.save(network.state_dict(), FILE)"
         )
-    return (text.splitlines() or [""])[0][:200]
+    return first_line(error)[:200]

@@ -100,6 +100,12 @@ class ExtraMissingError(RuntimeError):
     status = 5
 
 
+def near_names(name: str, names: Iterable[str]) -> str:
+    """Up to four names that are like this one, or the first four: for the parts of a network."""
+    names = [n for n in names if n]  # torch calls the whole network ""
+    return ", ".join(difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]) or "none"
+
+
 def require_extra(extra: str, *packages: str) -> None:
     """Refuse when packages of an optional extra are not installed, without importing them.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from huggingface_hub import constants, get_session
 
 from pipeline.networks.weights import load_weights
-from pipeline.run.errors import InputError
+from pipeline.run.errors import InputError, near_names
 from pipeline.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -122,10 +121,9 @@ class _WithFeatures(torch.nn.Module):
         modules = dict(network.named_modules())
         for number, name in enumerate(params.features):
             if name not in modules or not name:
-                near = get_close_matches(name, modules, n=4, cutoff=0.3)
                 raise InputError(
                     f"ingest.teachers.features: {params.timm} has no module {name!r}; near are "
-                    f"{', '.join(near or list(dict(network.named_children())))}"
+                    f"{near_names(name, modules)}"
                 )
             modules[name].register_forward_hook(self._keeper(number))
 

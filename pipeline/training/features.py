@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pipeline.run.errors import InputError
+from pipeline.run.errors import InputError, near_names
 from pipeline.training.losses.features import feature_loss
 
 if TYPE_CHECKING:
@@ -77,8 +76,7 @@ class FeatureTaps(nn.Module):
 
 def _known(key: str, name: str, names: Sequence[str]) -> None:
     if name not in names or not name:
-        near = get_close_matches(name, names, n=4, cutoff=0.3) or list(names)[:4]
-        raise InputError(f"{key}: there is no {name!r}; near are {', '.join(near) or 'none'}")
+        raise InputError(f"{key}: there is no {name!r}; near are {near_names(name, names)}")
 
 
 def _adapter(layer: str, own: Tensor, teacher: Tensor) -> nn.Module:
