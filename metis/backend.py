@@ -17,8 +17,21 @@ if TYPE_CHECKING:
     from preprocessing.int8 import TensorSpec
 
 
-#: Quantization schemes by the names that the Voyager SDK gives them.
-SCHEMES = ("per_tensor_histogram", "per_tensor_min_max", "hybrid_per_tensor_per_channel")
+#: Quantization schemes by the names that the Voyager SDK gives them, and the observer that stands
+#: for each where we choose the ranges.
+SCHEMES = {
+    "per_tensor_histogram": "mse",
+    "per_tensor_min_max": "min_max",
+    "hybrid_per_tensor_per_channel": "mse",
+}
+
+#: Observers: how a range follows from the histogram of a tensor; the function of each.
+OBSERVERS = {
+    "mse": "metis.quantize.observers:mse",
+    "percentile": "metis.quantize.observers:percentile",
+    "entropy": "metis.quantize.observers:entropy",
+    "min_max": "metis.quantize.observers:min_max",
+}
 
 BACKENDS = {
     "emulator": "metis.emulator.backend:Emulator",

@@ -53,17 +53,6 @@ ASSUMPTIONS = (
     "tables have 256 entries and are exact (SDK 1.7 has 16 segments for HardSwish)",
 )
 
-_OBSERVERS = {
-    "per_tensor_histogram": "mse",
-    "per_tensor_min_max": "min_max",
-    "hybrid_per_tensor_per_channel": "mse",
-}
-
-
-def observer_of(scheme: str) -> str:
-    """The observer of `metis.quantize.ranges` that stands for a scheme of the SDK."""
-    return _OBSERVERS[scheme]
-
 
 class Emulator:
     """Quantizes on the grid of Metis; "compiles" by giving the model device tensors."""
@@ -97,7 +86,7 @@ class Emulator:
             else:
                 seen = watch(parts)
                 seen.add(np.load(samples, mmap_mode="r")[:, 0], progress)
-                chosen = choose(seen, observer_of(scheme))
+                chosen = choose(seen, SCHEMES[scheme])
             return self.write(parts, chosen, into, scheme=scheme)
         except RangeError as error:
             raise BackendError(str(error)) from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
+from metis.backend import OBSERVERS
 from metis.graph.edit import show_tensors
 from metis.graph.sessions import open_session
 
@@ -97,12 +99,11 @@ def entropy(histogram: Histogram) -> tuple[float, float]:
     return _search(histogram, _divergences)
 
 
-OBSERVERS: dict[str, Callable[[Histogram], tuple[float, float]]] = {
-    "mse": mse,
-    "percentile": percentile,
-    "entropy": entropy,
-    "min_max": min_max,
-}
+def find_range(observer: str, histogram: Histogram) -> tuple[float, float]:
+    """The range (lo, hi) that an observer of the table chooses."""
+    choose: Callable[[Histogram], tuple[float, float]] = resolve_name(OBSERVERS[observer])
+    return choose(histogram)
+
 
 _Cost = Callable[
     ["NDArray[np.float64]", "NDArray[np.float64]", "NDArray[np.float64]", "NDArray[np.float64]"],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from metis.quantize.observers import OBSERVERS, Observer
+from metis.quantize.observers import Observer, find_range
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,7 +158,7 @@ def choose(
             if fnmatchcase(name, pattern):
                 how = wanted
                 left.pop(pattern, None)
-        lo, hi = OBSERVERS[how](histogram) if isinstance(how, str) else how
+        lo, hi = find_range(how, histogram) if isinstance(how, str) else how
         try:
             grid(lo, hi)
         except RangeError as error:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from metis.emulator.backend import Emulator, observer_of
+from metis.backend import SCHEMES
+from metis.emulator.backend import Emulator
 from metis.quantize.baking import baked
 from metis.quantize.equalization import equalize
 from metis.quantize.folding import SplitGraph, prepare
@@ -68,7 +69,7 @@ class Calibrated:
                 return recipe.given
         except RangeError as error:
             raise InputError(f"calibrate.ranges_file: {error}") from error
-        observer = recipe.observer or observer_of(recipe.scheme)
+        observer = recipe.observer or SCHEMES[recipe.scheme]
         try:
             return choose(self.seen, observer, recipe.overrides)
         except RangeError as error:

@@ -6,19 +6,17 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
-from metis.backend import SdkOptions
-from pipeline.run.parameters import PATH, PROGRAM, UNKEYED, Params, same_as
+from metis.backend import OBSERVERS, SCHEMES, SdkOptions
+from pipeline.run.parameters import PATH, PROGRAM, UNKEYED, Params, one_of, same_as
 
-Observer = Literal["mse", "percentile", "entropy", "min_max"]
+Observer = Annotated[str, one_of(OBSERVERS)]
 
 
 class CalibrateParams(Params, frozen=True):
     """How to quantize."""
 
     samples: Annotated[int, Meta(ge=2, le=2000)] = 200  # the range that the SDK accepts
-    scheme: Literal[
-        "per_tensor_histogram", "per_tensor_min_max", "hybrid_per_tensor_per_channel"
-    ] = "per_tensor_histogram"
+    scheme: Annotated[str, one_of(SCHEMES)] = "per_tensor_histogram"
     observer: Observer | None = None  # of the emulator; null: mse, or min_max with that scheme
     ranges: dict[str, Observer | tuple[float, float]] = field(default_factory=dict)  # by tensor
     ranges_file: Annotated[str | None, PATH] = None  # a ranges.json to use instead of observing

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from pipeline.params.sources import Bands, DataParams, TeacherParams, ViewParams
+from pipeline.params.sources import Bands, DataParams, Rule, TeacherParams, ViewParams
 from pipeline.run.parameters import PATH, Params
 
 
@@ -37,7 +37,7 @@ class IngestParams(Params, frozen=True):
     labels: Annotated[str | None, PATH] = (
         None  # text, one class per line; must equal the contract's
     )
-    combine: Literal["mean_logits", "mean_probabilities"] = "mean_logits"  # weighted
+    combine: Rule = "mean_logits"
     calibrate_temperatures: bool = False  # divide each teacher's logits by its own, fitted on val
     views: ViewParams = ViewParams()
     teacher_mode: Literal["cached", "live"] = "cached"  # live: distill asks them for every batch

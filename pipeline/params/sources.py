@@ -18,6 +18,12 @@ Bands = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
 #: Stands for the class of a patch whose class nobody said.
 UNLABELED = -1
 
+#: How the logits of several teachers become one: the weighted mean of them, or the logarithm of the
+#: weighted mean of their probabilities.
+RULES = ("mean_logits", "mean_probabilities")
+
+Rule = Annotated[str, one_of(RULES)]
+
 SPLITS = ("train", "val", "test", "unlabeled")
 
 

@@ -139,7 +139,7 @@ def _quantized(
     model, figures, tried = quantize_best(
         quantize,
         lambda model: compare_int8(job.inputs.student, model, data, data.val, params.sdk),
-        SCHEMES if params.try_schemes else (params.scheme,),
+        list(SCHEMES) if params.try_schemes else [params.scheme],
         job.outputs.quantized_model,
     )
     beside = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.facts import RuleFacts
+from pipeline.params.sources import RULES
 from pipeline.tasks.metrics import agreement, expected_calibration_error, top1
 from pipeline.teachers.ensemble import combine
 from preprocessing.apply import scale, teacher_tensor, to_nchw
@@ -79,7 +80,7 @@ def describe_ensemble(
 ) -> tuple[dict[str, RuleFacts], tuple[tuple[float, ...], ...]]:
     """Top-1 and calibration error under both rules, and how often members agree."""
     rules = {}
-    for rule in ("mean_logits", "mean_probabilities"):
+    for rule in RULES:
         logits = combine(members, weights, rule, temperatures)
         rules[rule] = RuleFacts(
             top1_val=top1(logits, labels),

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from pipeline.params.sources import TeacherParams, ViewParams
+from pipeline.params.sources import Rule, TeacherParams, ViewParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-
-Rule = Literal["mean_logits", "mean_probabilities"]
 
 #: Probabilities are taken as at least this before their logarithm; float32 holds no less.
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)

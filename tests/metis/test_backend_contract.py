@@ -12,6 +12,7 @@ from metis.emulator.backend import Emulator
 from metis.voyager.backend import Voyager
 from preprocessing.int8 import from_device, to_device
 
+SCHEME = next(iter(SCHEMES))
 BACKENDS = ("emulator", "stand-in", pytest.param("sdk", marks=pytest.mark.sdk))
 
 
@@ -121,7 +122,7 @@ def test_int8_logits_are_close_to_the_float_students(backend, tmp_path, samples,
 
 def test_logits_do_not_depend_on_the_batch(backend, tmp_path, samples):
     student = write_student(tmp_path / "student.onnx")
-    model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEMES[0])
+    model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEME)
     tensors = np.random.default_rng(2).normal(size=(70, 3, 12, 12)).astype(np.float32)
     parts = [backend.infer(model, part) for part in np.split(tensors, [1, 3, 4, 68])]
     assert np.array_equal(backend.infer(model, tensors), np.concatenate(parts))
@@ -130,7 +131,7 @@ def test_logits_do_not_depend_on_the_batch(backend, tmp_path, samples):
 @pytest.mark.parametrize("cores", [1, 4])
 def test_the_compiled_model_gives_the_quantized_models_logits(backend, tmp_path, samples, cores):
     student = write_student(tmp_path / "student.onnx")
-    model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEMES[0])
+    model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEME)
     compiled = backend.compile(model, tmp_path / "compiled", aipu_cores=cores)
     assert CompiledModel.load(tmp_path / "compiled") == compiled
     source, sink = compiled.inputs[0], compiled.outputs[0]
@@ -148,7 +149,7 @@ def test_the_compiled_model_gives_the_quantized_models_logits(backend, tmp_path,
 def test_the_same_samples_give_the_same_bytes(backend, tmp_path, samples):
     student = write_student(tmp_path / "student.onnx")
     for name in ("a", "b"):
-        model = backend.quantize(student, samples, tmp_path / name, scheme=SCHEMES[0])
+        model = backend.quantize(student, samples, tmp_path / name, scheme=SCHEME)
         backend.compile(model, tmp_path / f"compiled_{name}", aipu_cores=1)
     for folder, other in (("a", "b"), ("compiled_a", "compiled_b")):
         files = [p for p in (tmp_path / folder).rglob("*") if p.is_file()]
@@ -167,13 +168,13 @@ def test_a_scheme_it_lacks_is_refused(backend, tmp_path, samples):
 def test_a_graph_that_the_chip_cannot_run_is_refused(backend, tmp_path, samples):
     student = write_student(tmp_path / "student.onnx", baked_batch=True)
     with pytest.raises(BackendError, match="ReduceSum"):
-        backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEMES[0])
+        backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEME)
 
 
 def test_an_emulation_that_is_not_quantized_at_its_ends_is_refused(tmp_path, samples):
     backend = Emulator()
     student = write_student(tmp_path / "student.onnx")
-    model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEMES[0])
+    model = backend.quantize(student, samples, tmp_path / "int8", scheme=SCHEME)
     onnx.save(onnx.load(student), model.path / model.entry)
     with pytest.raises(BackendError, match="ends are Conv, Gemm"):
         backend.compile(model, tmp_path / "compiled", aipu_cores=1)
