@@ -87,3 +87,34 @@ def test_declaring_every_stage_loads_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_box_with_a_card_needs_nothing_of_the_extra_train():
+    modules = [
+        "calibration.curve",
+        "calibration.study",
+        "delivery.bundle",
+        "delivery.compilation",
+        "delivery.device_pipeline",
+        "delivery.other_runtimes",
+        "parity.verify",
+        "reports.build",
+        "reports.compare_benchmarks",
+    ]
+    code = f"""
+import sys
+from importlib import import_module
+
+ABSENT = ("torch", "timm", "lightning", "onnxsim", "safetensors", "h5py", "tifffile")
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ImportError(name + " is not on a box with a card")
+
+sys.meta_path.insert(0, Absent())
+for module in {modules!r}:
+    import_module("pipeline." + module)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr

@@ -23,7 +23,6 @@ from pipeline.networks.inference import answers, reference_network
 from pipeline.run.errors import StageError, first_line, require_extra
 from pipeline.run.files import new_folder
 from pipeline.tasks.metrics import agreement, top1, undisputed_agreement
-from pipeline.training.job import load_trained_student
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from pipeline.networks.inference import Network
+    from pipeline.params.distill import DistillParams
     from pipeline.run.state import RunState
 
 
@@ -99,7 +99,7 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
     weights = paths.training / "student.safetensors"
     source = _Source(
         paths.student,
-        partial(load_trained_student, params, weights, data),
+        partial(_load_network, params, weights, data),
         (1, len(student_input.bands), *student_input.size_hw),
     )
     limit = state.config.params["benchmark"].limits.max_export_difference
@@ -169,6 +169,12 @@ def _document(source: _Source, exported: list[Exported]) -> str:
         "files": [asdict(entry) for entry in exported],
     }
     return json.dumps(document, indent=1) + "\n"
+
+
+def _load_network(params: DistillParams, weights: Path, data: StudentData) -> Module:
+    from pipeline.training.job import load_trained_student  # torch: the format onnx does without
+
+    return load_trained_student(params, weights, data)
 
 
 def _copy(source: _Source, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Legs of parity on logits: torch against ONNX, float against int8."""
+"""The leg of parity from float to int8, on logits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from metis.backend import QuantizedModel, SdkOptions, open_backend
 from pipeline.data.dataset import DatasetSplit, StudentData
-from pipeline.facts import ComparisonFacts, ExportFacts
-from pipeline.networks.export import compare_export, torch_logits
+from pipeline.facts import ComparisonFacts
 from pipeline.networks.inference import answers, reference_network
 from pipeline.tasks.metrics import (
     agreement,
@@ -17,33 +16,9 @@ from pipeline.tasks.metrics import (
     sqnr_db,
     top1,
 )
-from pipeline.training.job import load_trained_student
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from pipeline.params.distill import DistillParams
-
-
-def export_values(
-    params: DistillParams, weights: Path, data: StudentData, onnx: Path
-) -> ExportFacts:
-    """Torch student against ONNX student on validation; needs the extra `train`.
-
-    Args:
-        params: see `load_trained_student`.
-        weights: see there.
-        data: of the run.
-        onnx: the exported student.
-    """
-    network = load_trained_student(params, weights, data)
-    by_torch, by_onnx = answers(
-        data.val.images,
-        data.student_input,
-        partial(torch_logits, network),
-        reference_network(onnx),
-    )
-    return compare_export(by_torch, by_onnx)
 
 
 def compare_int8(

@@ -9,7 +9,7 @@ from metis.backend import QuantizedModel
 from pipeline.data.dataset import StudentData
 from pipeline.parity.images import SAMPLES, image_legs
 from pipeline.parity.legs import export_leg, int8_leg, judge
-from pipeline.parity.logits import compare_int8, export_values
+from pipeline.parity.logits import compare_int8
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,9 +44,11 @@ def verify_parity(state: RunState) -> list[JudgedLeg]:
     facts = state.facts
     export = None
     if find_spec("torch") and find_spec("timm"):
+        from pipeline.parity.export import measure_export  # torch, which a box with a card lacks
+
         weights = paths.training / "student.safetensors"
         params = state.config.params["distill"]
-        export = export_values(params, weights, data, paths.student)
+        export = measure_export(params, weights, data, paths.student)
     model = QuantizedModel.load(paths.quantized_model)
     comparison = compare_int8(
         paths.student, model, data, data.val, state.config.params["calibrate"].sdk

@@ -1,0 +1,38 @@
+"""The leg of parity from torch to ONNX, computed anew; needs the extra `train`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pipeline.networks.export import compare_export, torch_logits
+from pipeline.networks.inference import answers, reference_network
+from pipeline.training.job import load_trained_student
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipeline.data.dataset import StudentData
+    from pipeline.facts import ExportFacts
+    from pipeline.params.distill import DistillParams
+
+
+def measure_export(
+    params: DistillParams, weights: Path, data: StudentData, onnx: Path
+) -> ExportFacts:
+    """Torch student against ONNX student on the validation split.
+
+    Args:
+        params: see `load_trained_student`.
+        weights: see there.
+        data: of the run.
+        onnx: the exported student.
+    """
+    network = load_trained_student(params, weights, data)
+    by_torch, by_onnx = answers(
+        data.val.images,
+        data.student_input,
+        partial(torch_logits, network),
+        reference_network(onnx),
+    )
+    return compare_export(by_torch, by_onnx)
