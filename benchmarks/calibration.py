@@ -40,7 +40,7 @@ from scipy.special import rel_entr, softmax
 from metis.emulator.kernels import EXACT, kernels_are_exact
 from metis.graph.sessions import open_session
 from metis.quantize.folding import prepare
-from pipeline.tasks.metrics import agreement, sqnr_db
+from preprocessing.scores import Comparison, decide
 
 CHILD = Path(__file__).with_name("calibration_methods.py")
 HEADER = """| method | samples | dB | agreement | KL | CPU s | MB above a float session |
@@ -165,10 +165,12 @@ def judged(row: Row, int8: Path, frames: list[np.ndarray], exact: np.ndarray) ->
     if row.stopped:
         return row
     logits = answers(int8, frames)
+    comparison = Comparison("classification", len(exact))
+    comparison.add(exact, logits, decide(exact))
     kl = rel_entr(softmax(exact, axis=1), softmax(logits, axis=1)).sum(axis=1).mean()
-    db = sqnr_db(exact, logits)
+    db = comparison.sqnr_db()
     return replace(
-        row, db=np.inf if db is None else db, agreed=agreement(exact, logits), kl=float(kl)
+        row, db=np.inf if db is None else db, agreed=comparison.agreement(), kl=float(kl)
     )
 
 

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from metis.backend import QuantizedModel
+from pipeline.calibration.int8_loss import compare_int8
 from pipeline.data.dataset import StudentData
-from pipeline.parity.logits import compare_int8
 from pipeline.run.manifest import load_manifest
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
@@ -65,7 +65,7 @@ def measure_students() -> list[tuple[str, str, bool]]:
 
 
 def _measured(project: Path, student: str) -> dict[str, float]:
-    """`pipeline.parity.compare_int8` on the test split; its keys speak of validation."""
+    """`compare_int8` on the test split; its keys speak of validation."""
     words = [w for change in (*CHANGES, f"distill.student={student}") for w in ("--set", change)]
     command = [KDPIPE, "run", "--to", "calibrate", "--run", student, *words]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True)

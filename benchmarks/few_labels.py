@@ -36,9 +36,8 @@ from torch import nn
 
 from pipeline.data.dataset import StudentData
 from pipeline.data.synthetic import write_so2sat
-from pipeline.networks.inference import reference_logits
+from pipeline.networks.inference import reference_network
 from pipeline.run.manifest import load_manifest
-from pipeline.tasks.metrics import top1
 
 KDPIPE = Path(sys.executable).parent / "kdpipe"
 LANDSAT = Path(__file__).parents[1] / "examples" / "landsat" / "landsat_satellite.npz"
@@ -283,10 +282,8 @@ def one_seed(root: Path, data: Data, few: bool, seed: int) -> tuple[float, float
     assert manifest is not None
     paths = manifest.paths(root / "runs" / run)
     data = StudentData(paths)
-    test = data.test
-    tensors = data.tensors(test)
     baseline, student = (
-        top1(reference_logits(path, tensors), test.labels)
+        data.score(data.test, reference_network(path)).value
         for path in (paths.training / "no_teacher.onnx", paths.student)
     )
     return manifest.stages["ingest"].facts["teachers"]["top1_val"], baseline, student

@@ -21,19 +21,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from few_labels import KDPIPE, Data, mnist, write_project
-from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.calibration.samples import choose_samples
 from pipeline.data.dataset import StudentData
-from pipeline.networks.inference import reference_logits
+from pipeline.networks.inference import reference_network
 from pipeline.run.manifest import load_manifest
-from pipeline.tasks.metrics import paired_difference
-from pipeline.training.quantization_aware import emulated_logits
+from pipeline.training.quantization_aware import default_int8_network
+
+if TYPE_CHECKING:
+    from preprocessing.scores import Comparison
 
 #: Images that calibrate sees by default.
 SAMPLES = 200
@@ -46,9 +48,6 @@ WORDS = (
     "distill.baselines=[]",
     "distill.quantization_aware={share: 0.125, control: true}",
 )
-
-#: Of a network: which test images it gets right in float and in int8.
-Right = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def main() -> None:
@@ -66,17 +65,17 @@ def main() -> None:
     print("| seed | epochs before the last | on the int8 grid | control, float |")
     print("|---|---|---|---|")
     for seed, networks in zip(seeds, found, strict=True):
-        print(f"| {seed} | {' | '.join(cell(*right) for right in networks.values())} |")
+        print(f"| {seed} | {' | '.join(map(cell, networks.values()))} |")
     print("\nfloat / int8 top-1 in percent, float - int8 in points with its paired 95 % interval\n")
-    losses = [[100 * (f.mean() - q.mean()) for f, q in n.values()] for n in found]
+    losses = [[100 * pair.loss().value for pair in n.values()] for n in found]
     for name, loss in zip(found[0], zip(*losses, strict=True), strict=True):
         print(f"{name}: float - int8 {in_words(loss)}")
-    gains = [100 * (n["after"][1].mean() - n["control"][1].mean()) for n in found]
-    for seed, networks in zip(seeds, found, strict=True):
-        gain, (low, high) = paired_difference(networks["after"][1], networks["control"][1])
+    differences = [n["after"].network.difference(n["control"].network) for n in found]
+    gains = [100 * gain.value for gain in differences]
+    for seed, gain in zip(seeds, differences, strict=True):
         print(
-            f"seed {seed}: int8 on the grid - int8 control {100 * gain:+.2f} "
-            f"({100 * low:+.2f} to {100 * high:+.2f})"
+            f"seed {seed}: int8 on the grid - int8 control {100 * gain.value:+.2f} "
+            f"({100 * gain.low:+.2f} to {100 * gain.high:+.2f})"
         )
     print(f"int8 on the grid - int8 control {in_words(gains)}")
     loss = float(np.mean([row[1] for row in losses]))
@@ -88,12 +87,12 @@ def verdict(held: bool) -> str:
     return "held" if held else "FAILED"
 
 
-def cell(exact: NDArray[np.bool_], int8: NDArray[np.bool_]) -> str:
+def cell(pair: Comparison) -> str:
     """Both accuracies and their paired difference."""
-    loss, (low, high) = paired_difference(exact, int8)
+    exact, int8, loss = pair.reference.score(), pair.network.score(), pair.loss()
     return (
-        f"{100 * exact.mean():.2f} / {100 * int8.mean():.2f}, {100 * loss:+.2f} "
-        f"({100 * low:+.2f} to {100 * high:+.2f})"
+        f"{100 * exact.value:.2f} / {100 * int8.value:.2f}, {100 * loss.value:+.2f} "
+        f"({100 * loss.low:+.2f} to {100 * loss.high:+.2f})"
     )
 
 
@@ -106,8 +105,8 @@ def in_words(points: list[float] | tuple[float, ...]) -> str:
     return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}) over {len(points)} seeds"
 
 
-def one_seed(root: Path, data: Data, seed: int) -> dict[str, Right]:
-    """Train with one seed; before, after and control on the test split."""
+def one_seed(root: Path, data: Data, seed: int) -> dict[str, Comparison]:
+    """Train with one seed; int8 beside float before, after, and for the control, on test."""
     changes = [f"seed={seed}", f"ingest.data.train={{path: all.npz, rows: [0, {data.train}]}}"]
     words = [word for change in (*changes, *WORDS) for word in ("--set", change)]
     done = subprocess.run(
@@ -124,22 +123,19 @@ def one_seed(root: Path, data: Data, seed: int) -> dict[str, Right]:
     assert manifest is not None
     paths = manifest.paths(folder)
     run = StudentData(paths)
-    test = run.test
     chosen = choose_samples(run.train, SAMPLES, int(data.labels.max()) + 1, seed).indices
     np.save(folder / "samples.npy", run.tensors(run.train, chosen)[:, None])
-    frames = run.tensors(test)
     networks = {
         "before": paths.training / "folded.onnx",
         "after": paths.student,
         "control": paths.training / "control.onnx",
     }
 
-    def right(network: Path) -> Right:
-        exact = reference_logits(network, frames)
-        int8 = emulated_logits(network, folder / "samples.npy", frames)
-        return exact.argmax(axis=1) == test.labels, int8.argmax(axis=1) == test.labels
+    def compare(network: Path) -> Comparison:
+        int8 = default_int8_network(network, folder / "samples.npy")
+        return run.compare(run.test, reference_network(network), int8)
 
-    return {name: right(path) for name, path in networks.items()}
+    return {name: compare(path) for name, path in networks.items()}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """What each stage reports: the facts in the manifest, as types.
 
 A field that is not always there has a default, and is left out of the JSON where it has that.
-Points are percentage points of top-1; an interval is the 95 % interval. Scores are fractions, and
-`n` counts the patches behind one.
+A score is what the task measures, a fraction (top-1 for classification, whose name the JSON keys
+have); points are percentage points of it, an interval is the 95 % interval, and `n` counts the
+patches behind a score.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
 
 from preprocessing.student_input import StudentInput
 
@@ -79,13 +80,13 @@ class TeacherFacts(Facts, frozen=True):
     opset: int | None  # None: a torch teacher
     batch: int | None  # patches of one call; None: any
     output: str  # logits, probabilities, or what was done about a softmax
-    top1_val: float
+    score: float = field(name="top1_val")
     ece_val: float  # expected calibration error
     logit_mean: float
     logit_std: float
     input_min: float  # of the tensor that the network sees
     input_max: float
-    recorded_top1: float | None  # when it was trained, where the config says so
+    recorded_score: float | None = field(name="recorded_top1")  # by kdpipe.yaml, when trained
     conventions: dict[str, float]  # top-1 by convention, where they were tried
     temperature: float  # its logits are divided by this
 
@@ -93,7 +94,7 @@ class TeacherFacts(Facts, frozen=True):
 class RuleFacts(Facts, frozen=True):
     """An ensemble under one rule of combination, on the validation split."""
 
-    top1_val: float
+    score: float = field(name="top1_val")
     ece_val: float  # expected calibration error
 
 
@@ -103,7 +104,7 @@ class EnsembleFacts(Facts, frozen=True):
     members: tuple[TeacherFacts, ...]
     rule: str  # the one of `rules` that distill uses
     mode: str  # cached: all logits were written; live: distill asks
-    top1_val: float
+    score: float = field(name="top1_val")
     ece_val: float  # expected calibration error
     rules: dict[str, RuleFacts]
     agreement: tuple[tuple[float, ...], ...]  # of each member with each
@@ -144,7 +145,7 @@ class ExportFacts(Facts, frozen=True):
     """The torch student against its ONNX file, on the validation split."""
 
     max_abs_logit_difference: float
-    top1_agreement: float  # where their difference leaves no doubt
+    agreement: float = field(name="top1_agreement")  # where their difference leaves no doubt
 
 
 class RewriteFacts(Facts, frozen=True):
@@ -160,7 +161,7 @@ class RewriteFacts(Facts, frozen=True):
 class Int8Facts(Facts, frozen=True):
     """int8 logits beside the float ones."""
 
-    top1: float
+    score: float = field(name="top1")
     agreement: float  # same class as float
     sqnr_db: float | None  # of the logits; None: no noise
     n: int
@@ -170,7 +171,7 @@ class Int8Facts(Facts, frozen=True):
 class Int8LossFacts(Facts, frozen=True):
     """What int8 costs a student on the validation split."""
 
-    top1: float
+    score: float = field(name="top1")
     agreement: float
     sqnr_db: float | None
     n: int
@@ -190,7 +191,7 @@ class StudentFacts(Facts, frozen=True, kw_only=True):
     resumed_after_epoch: int | None
     parameters: int
     size_bytes: int  # of the ONNX file
-    top1_val: float  # of the ONNX file
+    score: float = field(name="top1_val")  # of the ONNX file
     measured_on: MeasuredOn
     n_val: int
     export: ExportFacts
@@ -227,6 +228,20 @@ class DistillFacts(StudentFacts, frozen=True, kw_only=True):
     baselines: dict[str, StudentFacts]
 
 
+class ExportedFile(Facts, frozen=True):
+    """A file of `kdpipe export`, beside the ONNX student on the validation split, on this host."""
+
+    format: str
+    file: str
+    bytes: int
+    made_by: str
+    max_abs_logit_difference: float
+    agreement: float = field(name="top1_agreement")  # of all patches
+    score: float = field(name="top1_val")
+    n_val: int
+    measured_on: Literal["host"]
+
+
 # --- calibrate ---
 
 
@@ -245,9 +260,9 @@ class SchemeFacts(Facts, frozen=True, kw_only=True):
 
     scheme: str
     refused: str = ""
-    top1_val_int8: float | UnsetType = UNSET
+    score: float | UnsetType = field(default=UNSET, name="top1_val_int8")
     int8_loss_points: float | UnsetType = UNSET
-    top1_agreement: float | UnsetType = UNSET
+    agreement: float | UnsetType = field(default=UNSET, name="top1_agreement")
     logits_sqnr_db: float | UnsetType | None = UNSET  # None: no noise
     chosen: bool
 
@@ -256,10 +271,10 @@ class ComparisonFacts(Facts, frozen=True):
     """The float student against its int8 model on the host, on the validation split."""
 
     n_val: int
-    top1_val_float: float
-    top1_val_int8: float
+    score_float: float = field(name="top1_val_float")
+    score_int8: float = field(name="top1_val_int8")
     measured_on: MeasuredOn
-    top1_agreement: float
+    agreement: float = field(name="top1_agreement")
     logits_cosine_mean: float
     logits_cosine_min: float
     logits_sqnr_db: float | None  # None: no noise
@@ -272,7 +287,7 @@ class VariantFacts(Facts, frozen=True):
 
     name: str
     scheme: str
-    top1: float
+    score: float = field(name="top1")
     agreement: float
     sqnr_db: float | None
     n: int
@@ -284,7 +299,7 @@ class LayerFacts(Facts, frozen=True):
 
     layer: str  # name of its tensor
     operator: str
-    top1: float
+    score: float = field(name="top1")
     agreement: float
     sqnr_db: float | None  # of the logits; None: no noise
     n: int
@@ -302,10 +317,10 @@ class CalibrateFacts(Facts, frozen=True, kw_only=True):
     schemes: tuple[SchemeFacts, ...]
     arithmetic: str  # what the host computed with
     n_val: int
-    top1_val_float: float
-    top1_val_int8: float
+    score_float: float = field(name="top1_val_float")
+    score_int8: float = field(name="top1_val_int8")
     measured_on: MeasuredOn
-    top1_agreement: float
+    agreement: float = field(name="top1_agreement")
     logits_cosine_mean: float
     logits_cosine_min: float
     logits_sqnr_db: float | None
@@ -339,9 +354,10 @@ class ConstantsFacts(Facts, frozen=True):
 
     channels: tuple[ChannelFacts, ...]
     worst: float | None  # standard deviations; None: a std vanishes, and the rest is not there
-    top1_exact: float | None = None  # of the float student on the validation split
-    top1_kept: float | None = None
-    top1_agreement: float | None = None
+    # Of the float student on the validation split, with exact constants and with those kept.
+    score_exact: float | None = field(default=None, name="top1_exact")
+    score_kept: float | None = field(default=None, name="top1_kept")
+    agreement: float | None = field(default=None, name="top1_agreement")
     n_val: int | None = None
     measured_on: MeasuredOn | None = None
 
@@ -425,11 +441,11 @@ class ImageValues(Facts, frozen=True):
 class Int8Values(Facts, frozen=True):
     """What the leg int8 is judged by, and what it shows; as in `ComparisonFacts`."""
 
-    top1_float: float
-    top1_int8: float
+    score_float: float = field(name="top1_float")
+    score_int8: float = field(name="top1_int8")
     loss_points: float
     loss_interval95_points: tuple[float, float]
-    top1_agreement: float
+    agreement: float = field(name="top1_agreement")
     cosine_mean: float
     cosine_min: float
     sqnr_db: float | None
@@ -500,7 +516,7 @@ class BenchmarkFacts(Facts, frozen=True):
 
     measured_on: MeasuredOn
     runtime: str  # with its version
-    top1_test: float
+    score: float = field(name="top1_test")
     n_test: int
     latency_ms: LatencyFacts
     throughput_fps: float  # frames/s

@@ -15,6 +15,7 @@ from metis.emulator.kernels import arithmetic
 from metis.graph.sessions import open_session
 from metis.quantize.folding import SplitGraph
 from preprocessing.int8 import TensorSpec, dequantize, quantize
+from preprocessing.scores import without_positions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,7 @@ def run_graphs(
         frames: float32 (N, C, H, W).
 
     Returns:
-        Logits, float32 (N, classes).
+        Logits, float32 (N, classes, ...).
     """
     steps = [
         partial(run_session, open_session(graph, options=options))
@@ -56,10 +57,12 @@ def run_graphs(
     return run_in_batches(steps, frames)
 
 
-def int8_logits(
-    parts: SplitGraph, graph: onnx.ModelProto, scheme: str, frames: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """What `Emulator.infer` gives for this int8 graph of the core, without a file."""
+def int8_network(parts: SplitGraph, graph: onnx.ModelProto, scheme: str) -> Step:
+    """What `Emulator.infer` computes with this int8 graph of the core, without a file.
+
+    Returns:
+        Frames, float32 (N, C, H, W), to logits, float32 (N, classes, ...).
+    """
     options = arithmetic(scheme)[1]
     steps: list[Step] = [
         partial(put_on_grid, spec=device_specs(graph)[0]),
@@ -69,17 +72,20 @@ def int8_logits(
         steps.insert(0, partial(run_session, open_session(parts.preamble)))
     if parts.postamble is not None:
         steps.append(partial(run_session, open_session(parts.postamble)))
-    return run_in_batches(steps, frames)
+    return partial(run_in_batches, steps)
 
 
 def run_in_batches(steps: Sequence[Step], frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits (N, classes) after all steps, computed for a limited number of frames at a time."""
+    """Logits (N, classes, ...) after all steps, computed for a limited number of frames at a time.
+
+    A network that ends in a single position, such as (N, classes, 1, 1), gives (N, classes).
+    """
     logits = []
     for batch in np.array_split(frames, max(1, -(-len(frames) // _BATCH))):
         made = batch
         for step in steps:
             made = step(made)
-        logits.append(made.reshape(len(batch), -1))
+        logits.append(without_positions(made))
     return np.concatenate(logits)
 
 

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.calibration import study
-from pipeline.calibration.recipe import recipe_of
+from pipeline.calibration.int8_loss import int8_facts
+from pipeline.calibration.recipe import ObservedStudent, QuantizationRecipe
 from pipeline.calibration.samples import choose_samples
+from pipeline.calibration.study import COMPARED
 from pipeline.data.dataset import StudentData
-from pipeline.networks.inference import reference_logits
+from pipeline.networks.inference import reference_network
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+    from pipeline.facts import Int8Facts
     from pipeline.run.state import RunState
 
 
-def int8_curve(state: RunState, sizes: Collection[int]) -> Iterator[dict[str, Any]]:
-    """The figures of `pipeline.calibration.study.curve`, for the student of a run.
+#: Tensors made at a time.
+_BLOCK = 64
+
+
+def int8_curve(state: RunState, sizes: Collection[int]) -> Iterator[tuple[int, Int8Facts]]:
+    """What int8 keeps with the first 16, 64, 256 ... samples, in one pass over the largest number.
 
     Args:
         state: of the run; its section `calibrate` says how to quantize.
         sizes: numbers of samples.
 
     Yields:
-        Per size, ascending: samples, top1, agreement, sqnr_db, n, measured_on.
+        Per size, ascending: itself, and the figures.
 
     Raises:
         InputError: there is no student that is up to date, the training split has fewer different
@@ -43,17 +49,16 @@ def int8_curve(state: RunState, sizes: Collection[int]) -> Iterator[dict[str, An
     paths = state.paths
     data = StudentData(paths)
     unfit = json.loads(paths.unfit.read_text())
-    indices = choose_samples(
+    rows = choose_samples(
         data.train, max(sizes), data.classes, state.config.seed, unfit, "--sizes"
     ).indices
-    val = data.val.spread(study.COMPARED)
-    frames = data.tensors(val)
-    exact = reference_logits(paths.student, frames)
-    yield from study.curve(
-        paths.student,
-        lambda part: data.tensors(data.train, indices[part]),
-        sizes,
-        recipe_of(params),
-        (frames, exact, val.labels),
-        lambda n: None,
-    )
+    val, reference = data.val.spread(COMPARED), reference_network(paths.student)
+    recipe = QuantizationRecipe.of(params)
+    observed, done = ObservedStudent.fold(paths.student, recipe), 0
+    for size in sorted(set(sizes)):
+        for start in range(done, size, _BLOCK):
+            block = rows[start : min(start + _BLOCK, size)]
+            observed.observations.add(data.tensors(data.train, block), lambda n: None)
+        done = size
+        comparison = data.compare(val, reference, observed.int8_network(recipe))
+        yield size, int8_facts(comparison)

@@ -1,4 +1,4 @@
-"""Float student to int8 on the emulator: what each choice costs, which layers, what to try."""
+"""How a float student becomes int8: the recipe, what was observed, and the network that results."""
 
 from __future__ import annotations
 
@@ -14,76 +14,129 @@ import onnx
 
 from metis.backend import SCHEMES
 from metis.emulator.backend import Emulator
+from metis.emulator.execute import int8_network
 from metis.quantize.baking import baked
 from metis.quantize.equalization import equalize
 from metis.quantize.folding import SplitGraph, prepare
 from metis.quantize.placement import compute_nodes, watch
+from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import RangeError, Ranges, choose
 from pipeline.params.calibrate import CalibrateParams
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
-
     from metis.backend import QuantizedModel
     from metis.quantize.observers import Observer
+    from pipeline.networks.inference import Network
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantizationRecipe:
     """How a float student becomes int8."""
 
     scheme: str
     observer: str | None = None  # None: the scheme's
     overrides: Mapping[str, str | tuple[float, float]] | None = None
-    given: Ranges | None = None  # used instead of what is observed
+    ranges: Ranges | None = None  # used instead of what is observed
     bias_correction: bool = True
     equalization: bool = False
     weight_clipping: bool = False
 
-    def under(self, scheme: str) -> Recipe:
-        """The same under this scheme; observer and given ranges were chosen for one scheme."""
+    @staticmethod
+    def of(params: CalibrateParams, ranges_file: Path | None = None) -> QuantizationRecipe:
+        """What the section `calibrate` says; `ranges_file` is the file that it names.
+
+        Raises:
+            InputError: the file is none of ranges.
+        """
+        try:
+            ranges = Ranges.load(ranges_file) if ranges_file is not None else None
+        except RangeError as error:
+            raise InputError(f"calibrate.ranges_file: {error}") from error
+        return QuantizationRecipe(
+            scheme=params.scheme,
+            observer=params.observer,
+            overrides=params.ranges,
+            ranges=ranges,
+            bias_correction=params.bias_correction,
+            equalization=params.equalization,
+            weight_clipping=params.weight_clipping,
+        )
+
+    def under(self, scheme: str) -> QuantizationRecipe:
+        """The same under this scheme; observer and ranges were chosen for one scheme."""
         if scheme == self.scheme:
             return self
-        return replace(self, scheme=scheme, observer=None, given=None)
+        return replace(self, scheme=scheme, observer=None, ranges=None)
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A float student whose tensors have been watched."""
+class ObservedStudent:
+    """A float student, folded, and what its tensors held for the calibration samples."""
 
     parts: SplitGraph
-    seen: Observer
+    observations: Observer
     pairs: int  # of layers that equalization moved scale between
 
-    def ranges(self, recipe: Recipe) -> Ranges:
+    @staticmethod
+    def fold(student: Path, recipe: QuantizationRecipe) -> ObservedStudent:
+        """Nothing observed yet; equalized if the recipe says so."""
+        parts, pairs = prepare(onnx.load(student)), 0
+        if recipe.equalization:
+            balanced, pairs = equalize(parts.student)
+            parts = prepare(balanced)
+        return ObservedStudent(parts, watch(parts), pairs)
+
+    @staticmethod
+    def observe(
+        student: Path,
+        samples: Path,
+        recipe: QuantizationRecipe,
+        progress: Callable[[int], object] = lambda n: None,
+    ) -> ObservedStudent:
+        """One pass over the samples, (N, 1, C, H, W); memory does not grow with N."""
+        observed = ObservedStudent.fold(student, recipe)
+        observed.observations.add(np.load(samples, mmap_mode="r")[:, 0], progress)
+        return observed
+
+    def ranges(self, recipe: QuantizationRecipe) -> Ranges:
         """The ranges of a recipe.
 
         Raises:
-            InputError: an override, or a given range, does not fit.
+            InputError: an override, or a range of the recipe's own, does not fit.
         """
         try:
-            if recipe.given is not None:
-                recipe.given.check(self.seen)
-                return recipe.given
+            if recipe.ranges is not None:
+                recipe.ranges.check(self.observations)
+                return recipe.ranges
         except RangeError as error:
             raise InputError(f"calibrate.ranges_file: {error}") from error
         observer = recipe.observer or SCHEMES[recipe.scheme]
         try:
-            return choose(self.seen, observer, recipe.overrides)
+            return choose(self.observations, observer, recipe.overrides)
         except RangeError as error:
             raise InputError(f"calibrate.ranges: {error}") from error
 
-    def baked(self, recipe: Recipe, ranges: Ranges) -> onnx.ModelProto:
+    def bake_weights(self, recipe: QuantizationRecipe, ranges: Ranges) -> onnx.ModelProto:
         """The float student that is handed to whoever quantizes."""
         return baked(
             self.parts,
-            self.seen,
+            self.observations,
             ranges,
             correct_bias=recipe.bias_correction,
             clip_weights=recipe.weight_clipping,
         )
+
+    def int8_network(self, recipe: QuantizationRecipe) -> Network:
+        """What the emulator computes after this recipe, without a file.
+
+        Raises:
+            InputError: see `ranges`.
+        """
+        ranges = self.ranges(recipe)
+        parts = prepare(self.bake_weights(recipe, ranges))
+        graph = quantized_graph(parts.core, ranges, scheme=recipe.scheme)
+        return int8_network(parts, graph, recipe.scheme)
 
     @property
     def layers(self) -> int:
@@ -91,57 +144,9 @@ class Calibrated:
         return sum(1 for _ in compute_nodes(self.parts.core))
 
 
-def watched(
-    student: Path, samples: Path, recipe: Recipe, progress: Callable[[int], object]
-) -> Calibrated:
-    """One pass over the samples, (N, 1, C, H, W); memory does not grow with N."""
-    parts, pairs = prepare_student(student, recipe)
-    seen = watch(parts)
-    seen.add(np.load(samples, mmap_mode="r")[:, 0], progress)
-    return Calibrated(parts, seen, pairs)
-
-
-def prepare_student(student: Path, recipe: Recipe) -> tuple[SplitGraph, int]:
-    """The folded student, equalized if the recipe says so, and how many pairs of layers were."""
-    parts = prepare(onnx.load(student))
-    if not recipe.equalization:
-        return parts, 0
-    moved, pairs = equalize(parts.student)
-    return prepare(moved), pairs
-
-
 @contextmanager
-def emulated(student: Path, ranges: Path, scheme: str) -> Iterator[QuantizedModel]:
+def emulate_int8(student: Path, ranges: Path, scheme: str) -> Iterator[QuantizedModel]:
     """The emulator's int8 model of a float student, in a folder that does not stay."""
     with TemporaryDirectory(prefix="kdpipe-") as folder:
-        into = Path(folder) / "int8"
-        yield Emulator().write(
-            prepare(onnx.load(student)), Ranges.load(ranges), into, scheme=scheme
-        )
-
-
-def recipe_of(params: CalibrateParams, ranges: Path | None = None) -> Recipe:
-    """The parameters that decide how a float student becomes int8.
-
-    Args:
-        params: the section `calibrate`.
-        ranges: the file that it names.
-
-    Raises:
-        InputError: the file is none of ranges.
-    """
-    from metis.quantize.ranges import RangeError, Ranges
-
-    try:
-        given = Ranges.load(ranges) if ranges is not None else None
-    except RangeError as error:
-        raise InputError(f"calibrate.ranges_file: {error}") from error
-    return Recipe(
-        scheme=params.scheme,
-        observer=params.observer,
-        overrides=params.ranges,
-        given=given,
-        bias_correction=params.bias_correction,
-        equalization=params.equalization,
-        weight_clipping=params.weight_clipping,
-    )
+        parts = prepare(onnx.load(student))
+        yield Emulator().write(parts, Ranges.load(ranges), Path(folder) / "int8", scheme=scheme)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.data.dataset import class_histogram
 from pipeline.facts import CalibrationSetFacts
 from pipeline.run.errors import InputError
 
@@ -138,7 +137,7 @@ def write_samples(path: Path, data: StudentData, choice: Choice) -> CalibrationS
     return CalibrationSetFacts(
         split="train",
         samples=len(indices),
-        classes=tuple(class_histogram(train.labels[indices], data.classes)),
+        classes=tuple(data.task.class_counts(train.labels[indices], data.classes)),
         left_out={words: len(rows) for words, rows in choice.left_out.items()},
         sha256=digest.hexdigest(),
     )

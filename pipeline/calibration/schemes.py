@@ -24,7 +24,7 @@ def quantize_best(
     schemes: Sequence[str],
     into: Path,
 ) -> tuple[QuantizedModel, ComparisonFacts, tuple[SchemeFacts, ...]]:
-    """The model of the scheme with the best top-1; of equal ones, that with the best SQNR.
+    """The model of the scheme with the best score; of equal ones, that with the best SQNR.
 
     Args:
         quantize: (scheme, folder to make) -> model.
@@ -67,9 +67,9 @@ def quantize_best(
 def _row(scheme: str, figures: ComparisonFacts, *, chosen: bool) -> SchemeFacts:
     return SchemeFacts(
         scheme=scheme,
-        top1_val_int8=figures.top1_val_int8,
+        score=figures.score_int8,
         int8_loss_points=figures.int8_loss_points,
-        top1_agreement=figures.top1_agreement,
+        agreement=figures.agreement,
         logits_sqnr_db=figures.logits_sqnr_db,
         chosen=chosen,
     )
@@ -77,4 +77,4 @@ def _row(scheme: str, figures: ComparisonFacts, *, chosen: bool) -> SchemeFacts:
 
 def _quality(figures: ComparisonFacts) -> tuple[float, float]:
     sqnr = figures.logits_sqnr_db
-    return figures.top1_val_int8, math.inf if sqnr is None else sqnr  # None: no noise at all
+    return figures.score_int8, math.inf if sqnr is None else sqnr  # None: no noise at all

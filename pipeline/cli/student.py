@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from pipeline.cli.debug import debug_option
 from pipeline.cli.options import config_option, json_option, run_options
@@ -49,15 +49,14 @@ def curve(state: RunState, sizes: list[int], as_json: bool) -> None:
     from pipeline.calibration.curve import int8_curve
 
     rows: list[dict[str, Any]] = []
-    for row in int8_curve(state, sizes):
+    for samples, facts in int8_curve(state, sizes):
         if not as_json and not rows:
             click.echo("samples  top-1   agreement  SQNR     on validation, host-emulation")
-        rows.append(row)
+        rows.append({"samples": samples, **msgspec.to_builtins(facts)})
         if not as_json:
-            sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+            sqnr = "exact" if facts.sqnr_db is None else f"{facts.sqnr_db:.1f} dB"
             click.echo(
-                f"{row['samples']:>7}  {row['top1']:.4f}  {row['agreement']:9.1%}  {sqnr:<8} "
-                f"n {row['n']}"
+                f"{samples:>7}  {facts.score:.4f}  {facts.agreement:9.1%}  {sqnr:<8} n {facts.n}"
             )
     if as_json:
         print_json({"run": state.config.run, "curve": rows})
@@ -89,13 +88,13 @@ def export(state: RunState, dest: Path, formats: Sequence[str], as_json: bool) -
     state.require_inputs("calibrate")
     files = export_formats(state, dest, dict.fromkeys(formats))
     if as_json:
-        print_json({"run": state.config.run, "files": [asdict(file) for file in files]})
+        print_json({"run": state.config.run, "files": msgspec.to_builtins(files)})
         return
     click.echo("format        bytes       largest difference  same class  top-1    of logits, host")
     for file in files:
         click.echo(
             f"{file.format:<12}  {file.bytes:>10,}  {file.max_abs_logit_difference:>18.2g}  "
-            f"{file.top1_agreement:>10.2%}  {file.top1_val:.4f}   n {file.n_val}"
+            f"{file.agreement:>10.2%}  {file.score:.4f}   n {file.n_val}"
         )
     click.echo(f"wrote {relative(dest)}")
 

@@ -13,17 +13,20 @@ from pipeline.params.sources import UNLABELED
 from pipeline.tasks.task import DEFAULT_TASK, open_task
 from preprocessing.apply import student_tensor
 from preprocessing.contract import load_contract
+from preprocessing.scores import decide
 from preprocessing.student_input import StudentInput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from pipeline.artifacts import Artifacts
+    from pipeline.networks.inference import Network
     from pipeline.tasks.task import Task
     from preprocessing.contract import Contract
+    from preprocessing.scores import Comparison, Score
 
 
 #: Tensors made at a time: 300 MB of RGB at 224x224.
@@ -143,6 +146,28 @@ class StudentData:
         for start in range(0, len(split), size):
             rows = slice(start, min(start + size, len(split)))
             yield rows, self.tensors(split, rows)
+
+    def score(self, split: DatasetSplit, network: Network) -> Score:
+        """How good a network is on a split, in one pass over its blocks."""
+        metric = self.task.metric()
+        for rows, tensors in self.blocks(split):
+            metric.add(decide(network(tensors)), split.labels[rows])
+        return metric.score()
+
+    def compare(self, split: DatasetSplit, reference: Network, network: Network) -> Comparison:
+        """Two networks on a split, in one pass over its blocks."""
+        return self.compare_all(split, reference, {"": network})[""]
+
+    def compare_all(
+        self, split: DatasetSplit, reference: Network, networks: Mapping[str, Network]
+    ) -> dict[str, Comparison]:
+        """Several networks, by name, each beside the reference, in one pass over the blocks."""
+        comparisons = {name: self.task.comparison(len(split)) for name in networks}
+        for rows, tensors in self.blocks(split):
+            exact = reference(tensors)
+            for name, network in networks.items():
+                comparisons[name].add(exact, network(tensors), split.labels[rows])
+        return comparisons
 
 
 def class_histogram(labels: NDArray[np.int64], classes: int) -> list[int]:

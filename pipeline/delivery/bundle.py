@@ -16,8 +16,9 @@ import numpy as np
 from metis.backend import CompiledModel, QuantizedModel, SdkOptions, open_backend
 from pipeline.data.dataset import StudentData
 from pipeline.delivery.device_run import deploy_folder
-from pipeline.networks.inference import reference_logits
+from pipeline.networks.inference import reference_network
 from pipeline.run.files import folder_files, new_folder
+from preprocessing.scores import decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -150,9 +151,10 @@ def _test(
     inputs: Artifacts, data: StudentData, progress: Callable[[int], object]
 ) -> dict[str, NDArray[np.generic]]:
     """Images (uint8, NHWC), labels (int64), float_classes (int64, of the float student)."""
+    network = reference_network(inputs.student)
     classes = []
     for _, tensors in data.blocks(data.test, 256):
-        classes.append(reference_logits(inputs.student, tensors).argmax(1))
+        classes.append(decide(network(tensors)))
         progress(len(tensors))
     return {
         "images": data.test.images,

@@ -13,9 +13,8 @@ from metis.voyager.device_constants import constant_error
 from metis.voyager.pipeline_yaml import DevicePipeline, render_yaml, yaml_obstacle
 from pipeline.data.dataset import StudentData
 from pipeline.facts import ChannelFacts, ConstantsFacts
-from pipeline.networks.inference import answers, reference_network
-from pipeline.tasks.metrics import agreement, top1
-from preprocessing.apply import exported_images
+from pipeline.networks.inference import reference_network
+from preprocessing.apply import exported_images, student_tensor
 from preprocessing.images import class_folders, write_in_order, write_png
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def write_device_pipeline(job: Job, params: CompileParams, data: StudentData, sc
 
 
 def measure_device_constants(job: Job, data: StudentData) -> ConstantsFacts:
-    """What the device pipe's three decimals do to mean and std, and to top-1."""
+    """What the device pipe's three decimals do to mean and std, and to the score."""
     exact_input = data.student_input
     errors = [constant_error(m, s) for m, s in zip(exact_input.mean, exact_input.std, strict=True)]
     channels = tuple(
@@ -81,18 +80,17 @@ def measure_device_constants(job: Job, data: StudentData) -> ConstantsFacts:
         std=tuple(e.std_kept for e in errors),
     )
     network = reference_network(job.inputs.student)
-    exact, rounded = (
-        answers(val.images, student_input, network)[0]
-        for student_input in (exact_input, rounded_input)
-    )
-    labels = val.labels
+    comparison = data.task.comparison(len(val))
+    for rows, tensors in data.blocks(val):
+        rounded = network(student_tensor(val.images[rows], rounded_input))
+        comparison.add(network(tensors), rounded, val.labels[rows])
     return ConstantsFacts(
         channels=channels,
         worst=max(worst),
-        top1_exact=top1(exact, labels),
-        top1_kept=top1(rounded, labels),
-        top1_agreement=agreement(exact, rounded),
-        n_val=len(labels),
+        score_exact=comparison.reference.score().value,
+        score_kept=comparison.network.score().value,
+        agreement=comparison.agreement(),
+        n_val=comparison.n,
         measured_on="host-float",
     )
 

@@ -11,18 +11,19 @@ import shutil
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from pipeline.data.dataset import StudentData
-from pipeline.networks.inference import answers, reference_network
+from pipeline.facts import ExportedFile
+from pipeline.networks.inference import reference_network
 from pipeline.run.errors import StageError, first_line, require_extra
 from pipeline.run.files import new_folder
-from pipeline.tasks.metrics import agreement, top1, undisputed_agreement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pipeline.networks.inference import Network
     from pipeline.params.distill import DistillParams
     from pipeline.run.state import RunState
+    from preprocessing.scores import Comparison
 
 
 SCHEMA = 1
@@ -60,22 +62,7 @@ class _Source:
     shape: tuple[int, int, int, int]  # (1, C, H, W)
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A file that was written, against the ONNX student on the validation split, on this host."""
-
-    format: str
-    file: str
-    bytes: int
-    made_by: str
-    max_abs_logit_difference: float
-    top1_agreement: float  # 0..1, of all patches
-    top1_val: float  # 0..1, against the labels
-    n_val: int
-    measured_on: str = "host"
-
-
-def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[Exported]:
+def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[ExportedFile]:
     """Write the student of a run in other formats, with what is needed to feed it.
 
     Args:
@@ -94,7 +81,7 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
         require_extra(*format.needs)
     paths = state.paths
     data = StudentData(paths)
-    student_input, val = data.student_input, data.val
+    student_input = data.student_input
     params = state.config.params["distill"]
     weights = paths.training / "student.safetensors"
     source = _Source(
@@ -111,52 +98,45 @@ def export_formats(state: RunState, dest: Path, formats: Iterable[str]) -> list[
             file = folder / format.file
             try:
                 format.write(source, file)
-                exact, logits = answers(
-                    val.images, student_input, reference_network(paths.student), format.open(file)
+                comparison = data.compare(
+                    data.val, reference_network(paths.student), format.open(file)
                 )
             except Exception as error:  # each writer and reader has exceptions of its own
                 raise StageError(
                     f"{name}: {format.tool} gives up on the student: {first_line(error)}"
                 ) from error
-            exported.append(_compare(name, file, format, exact, logits, val.labels))
+            exported.append(_describe(name, file, format, comparison))
             if format.exact:
-                _demand_equal(exported[-1], exact, logits, limit)
+                _demand_equal(name, comparison, limit)
         (folder / "export.json").write_text(_document(source, exported))
     return exported
 
 
-def _compare(
-    name: str,
-    file: Path,
-    format: Format,
-    exact: NDArray[np.float32],
-    logits: NDArray[np.float32],
-    labels: NDArray[np.int64],
-) -> Exported:
-    return Exported(
+def _describe(name: str, file: Path, format: Format, comparison: Comparison) -> ExportedFile:
+    score = comparison.network.score()
+    return ExportedFile(
         format=name,
         file=format.file,
         bytes=file.stat().st_size,
         made_by=f"{format.tool} {version(format.tool)}",
-        max_abs_logit_difference=float(np.abs(exact - logits).max()),
-        top1_agreement=agreement(exact, logits),
-        top1_val=top1(logits, labels),
-        n_val=len(labels),
+        max_abs_logit_difference=comparison.max_difference,
+        agreement=comparison.agreement(),
+        score=score.value,
+        n_val=score.n,
+        measured_on="host",
     )
 
 
-def _demand_equal(
-    exported: Exported, exact: NDArray[np.float32], logits: NDArray[np.float32], limit: float
-) -> None:
-    difference = exported.max_abs_logit_difference
-    if difference > limit or undisputed_agreement(exact, logits, difference) < 1:
+def _demand_equal(name: str, comparison: Comparison, limit: float) -> None:
+    difference = comparison.max_difference
+    if difference > limit or comparison.undisputed_agreement() < 1:
         raise StageError(
-            f"{exported.format}: logits differ from the ONNX student by up to {difference:.2g}; "
+            f"{name}: logits differ from the ONNX student by up to {difference:.2g}; "
             f"benchmark.max_export_difference is {limit:g}, so nothing was written"
         )
 
 
-def _document(source: _Source, exported: list[Exported]) -> str:
+def _document(source: _Source, exported: list[ExportedFile]) -> str:
     document = {
         "schema": SCHEMA,
         "input": {
@@ -166,7 +146,7 @@ def _document(source: _Source, exported: list[Exported]) -> str:
             "values": "scaled, resized and z-scored as student_input.json says",
         },
         "output": "logits, float32 (1, classes), classes in the order of labels.txt",
-        "files": [asdict(entry) for entry in exported],
+        "files": msgspec.to_builtins(exported),
     }
     return json.dumps(document, indent=1) + "\n"
 

@@ -17,7 +17,6 @@ from torch import nn
 from metis.operators.legalizer import RewriteError, legalize
 from pipeline.facts import ExportFacts
 from pipeline.run.errors import StageError, first_line
-from pipeline.tasks.metrics import undisputed_agreement
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from metis.operators.legalizer import Legalized
+    from preprocessing.scores import Comparison
     from preprocessing.student_input import StudentInput
 
 
@@ -126,10 +126,6 @@ def torch_logits(
     return np.concatenate(parts)
 
 
-def compare_export(trained: NDArray[np.float32], exported: NDArray[np.float32]) -> ExportFacts:
-    """Logits (N, classes) of the torch student and of its ONNX file, compared."""
-    difference = float(np.abs(trained - exported).max())
-    return ExportFacts(
-        max_abs_logit_difference=difference,
-        top1_agreement=undisputed_agreement(trained, exported, difference),
-    )
+def export_facts(comparison: Comparison) -> ExportFacts:
+    """The torch student, as reference, beside its ONNX file."""
+    return ExportFacts(comparison.max_difference, comparison.undisputed_agreement())

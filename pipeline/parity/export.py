@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.networks.export import compare_export, torch_logits
-from pipeline.networks.inference import answers, reference_network
+from pipeline.networks.export import export_facts, torch_logits
+from pipeline.networks.inference import reference_network
 from pipeline.training.job import load_trained_student
 
 if TYPE_CHECKING:
@@ -29,10 +29,5 @@ def measure_export(
         onnx: the exported student.
     """
     network = load_trained_student(params, weights, data)
-    by_torch, by_onnx = answers(
-        data.val.images,
-        data.student_input,
-        partial(torch_logits, network),
-        reference_network(onnx),
-    )
-    return compare_export(by_torch, by_onnx)
+    comparison = data.compare(data.val, partial(torch_logits, network), reference_network(onnx))
+    return export_facts(comparison)

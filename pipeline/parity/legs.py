@@ -64,7 +64,7 @@ def _judge_images(values: ImageValues, limit: float, limit_text: str) -> tuple[s
 
 
 def _judge_export(values: ExportFacts, limit: float) -> tuple[str, str, bool]:
-    difference, agreement = values.max_abs_logit_difference, values.top1_agreement
+    difference, agreement = values.max_abs_logit_difference, values.agreement
     message = f"max abs logit difference {difference:.3g}, top-1 agreement {agreement:.2%}"
     return message, f"{limit:g}, 100 %", difference <= limit and agreement == 1.0
 
@@ -74,8 +74,8 @@ def _judge_int8(values: Int8Values, limit: float) -> tuple[str, str, bool]:
     sqnr = "without noise" if values.sqnr_db is None else f"{values.sqnr_db:.1f} dB"
     message = (
         f"loss {values.loss_points:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}), "
-        f"top-1 {values.top1_float:.4f} and {values.top1_int8:.4f}, agreement "
-        f"{values.top1_agreement:.2%}, cosine mean {values.cosine_mean:.4f} min "
+        f"top-1 {values.score_float:.4f} and {values.score_int8:.4f}, agreement "
+        f"{values.agreement:.2%}, cosine mean {values.cosine_mean:.4f} min "
         f"{values.cosine_min:.4f}, SQNR {sqnr}"
     )
     return message, f"{limit:g} points", high <= limit
@@ -91,11 +91,11 @@ def int8_leg(calibrate: CalibrateFacts, comparison: ComparisonFacts | None = Non
     """The leg that calibrate measured, or with figures that were measured anew."""
     measured = comparison or calibrate
     values = Int8Values(
-        top1_float=measured.top1_val_float,
-        top1_int8=measured.top1_val_int8,
+        score_float=measured.score_float,
+        score_int8=measured.score_int8,
         loss_points=measured.int8_loss_points,
         loss_interval95_points=measured.int8_loss_interval95_points,
-        top1_agreement=measured.top1_agreement,
+        agreement=measured.agreement,
         cosine_mean=measured.logits_cosine_mean,
         cosine_min=measured.logits_cosine_min,
         sqnr_db=measured.logits_sqnr_db,

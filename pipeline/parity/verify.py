@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from metis.backend import QuantizedModel
+from pipeline.calibration.int8_loss import compare_int8
 from pipeline.data.dataset import StudentData
 from pipeline.parity.images import SAMPLES, image_legs
 from pipeline.parity.legs import export_leg, int8_leg, judge
-from pipeline.parity.logits import compare_int8
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:

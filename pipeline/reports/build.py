@@ -83,7 +83,7 @@ def _int8_summary(calibrate: CalibrateFacts) -> Int8Summary:
     return Int8Summary(
         loss_points=calibrate.int8_loss_points,
         loss_interval95_points=calibrate.int8_loss_interval95_points,
-        top1_agreement=calibrate.top1_agreement,
+        agreement=calibrate.agreement,
         logits_sqnr_db=calibrate.logits_sqnr_db,
         scheme=calibrate.scheme,
         schemes=calibrate.schemes,
@@ -107,7 +107,7 @@ def _leg_row(row: JudgedLeg) -> LegRow:
 def _accuracy(job: Job, measurement: Measurement) -> Iterator[AccuracyRow]:
     """Teachers, float student, int8 on the host, int8 where it was measured."""
     teachers, student = job.facts.ingest.teachers, job.facts.distill.student
-    int8, test = job.facts.calibrate, measurement.top1_test
+    int8, test = job.facts.calibrate, measurement.score_test
 
     def row(name: str, value: float, measured_on: MeasuredOn, n: int, split: str) -> AccuracyRow:
         figure = Quantity(value, "fraction", measured_on, n, f"{split} split")
@@ -115,18 +115,20 @@ def _accuracy(job: Job, measurement: Measurement) -> Iterator[AccuracyRow]:
 
     n_val = teachers.n_val
     for member in teachers.members:
-        yield row(f"teacher {member.name}", member.top1_val, "host-float", n_val, "validation")
-    yield row("teacher ensemble", teachers.top1_val, "host-float", n_val, "validation")
-    yield row(f"{student} float", int8.top1_val_float, "host-float", n_val, "validation")
-    yield row(f"{student} int8", int8.top1_val_int8, int8.measured_on, n_val, "validation")
+        yield row(f"teacher {member.name}", member.score, "host-float", n_val, "validation")
+    yield row("teacher ensemble", teachers.score, "host-float", n_val, "validation")
+    yield row(f"{student} float", int8.score_float, "host-float", n_val, "validation")
+    yield row(f"{student} int8", int8.score_int8, int8.measured_on, n_val, "validation")
     if emulator := int8.emulator:
-        value = emulator.top1_val_int8
+        value = emulator.score_int8
         yield row(f"{student} int8, emulator", value, emulator.measured_on, n_val, "validation")
-    yield row(f"{student} float", _float_top1(job), "host-float", test.n, "test")
+    yield row(f"{student} float", _float_score(job), "host-float", test.n, "test")
     yield row(f"{student} int8", test.value, measurement.measured_on, test.n, "test")
 
 
-def _float_top1(job: Job) -> float:
+def _float_score(job: Job) -> float:
     """Of the float student on the test split, whose answers the bundle holds."""
+    metric = StudentData(job.inputs).task.metric()
     with np.load(job.outputs.bundle / "test.npz") as test:
-        return float((test["float_classes"] == test["labels"]).mean())
+        metric.add(test["float_classes"], test["labels"])
+    return metric.score().value

@@ -22,18 +22,17 @@ from matplotlib.figure import Figure
 from metis.graph.ends import external_files, graph_inputs
 from metis.graph.sessions import open_session
 from metis.operators.report import count_macs
-from pipeline.data.dataset import StudentData
+from pipeline.data.dataset import BLOCK, StudentData
 from pipeline.facts import CalibrateFacts, DistillFacts
-from pipeline.networks.inference import answers, reference_network
+from pipeline.networks.inference import reference_network
 from pipeline.reports.confusion import (
-    count_confusion,
+    Confusion,
     first_decisions,
     write_confusions,
     write_decisions,
 )
 from pipeline.run.errors import InputError, nearest
 from pipeline.run.manifest import load_manifest
-from pipeline.tasks.metrics import balanced_accuracy, expected_calibration_error, macro_f1, top1
 from pipeline.teachers.ensemble import combine
 from pipeline.teachers.soft_targets import Teaching
 
@@ -43,26 +42,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.artifacts import Artifacts
-    from pipeline.reports.confusion import Confusion, Decision
+    from pipeline.reports.confusion import Decision
     from pipeline.run.manifest import Manifest
+    from pipeline.tasks.task import Table, Task
     from pipeline.teachers.ensemble import Member
     from preprocessing.contract import Contract
 
+    #: Positions in the validation split, and a network's logits of them.
+    LogitBlocks = Iterable[tuple[slice, NDArray[np.float32]]]
+
 
 #: Columns whose values differ by chance between seeds: mean and standard deviation are shown.
-SCORES = ("top1", "macro_f1", "balanced_accuracy", "ece", "top1_int8")
+SCORES = ("score", "macro_f1", "balanced_accuracy", "ece", "score_int8")
 
-#: Columns in the order of the table, with their headings.
+#: Columns in the order of the table, with their headings; the task has a name for the score.
 COLUMNS = {
     "parameters": "parameters",
     "macs": "MACs",
-    "top1": "top-1",
+    "score": "score",
     "macro_f1": "macro F1",
     "balanced_accuracy": "balanced accuracy",
     "ece": "ECE",
     "latency_ms": "latency, ms",
     "onnx_bytes": "ONNX bytes",
-    "top1_int8": "top-1 int8",
+    "score_int8": "score int8",
     "int8_bytes": "int8 bytes",
 }
 
@@ -102,6 +105,7 @@ class NetworkRow:
     name: str
     run: str
     seed: int
+    task: Task
     n: int  # validation patches
     values: dict[str, float | None]
     confusion: Confusion
@@ -123,38 +127,48 @@ def read_run(folder: Path, root: Path) -> list[NetworkRow]:
         raise InputError(f"run {folder.name} has no student; `kdpipe run --to distill` makes one")
     paths = manifest.paths(folder)
     data = StudentData(paths)
-    val, student_input = data.val, data.student_input
     seed = manifest.stages["distill"].seed
-    labels = np.asarray(val.labels)
-    classes = data.labels
 
-    def row(
-        group: str, name: str, logits: NDArray[np.float32], values: dict[str, float | None]
+    def measure(
+        group: str, name: str, blocks: LogitBlocks, values: dict[str, float | None]
     ) -> NetworkRow:
-        scores = {**_scores(logits, labels), **values}
-        counts = count_confusion(logits, labels, classes)
-        first = first_decisions(logits, labels, val.rows, classes)
-        return NetworkRow(group, name, folder.name, seed, len(labels), scores, counts, first)
+        table, first = _count(data, blocks)
+        confusion = Confusion(data.labels, table.confusion)
+        figures = {**table.figures(), **values}
+        return NetworkRow(
+            group, name, folder.name, seed, data.task, len(data.val), figures, confusion, first
+        )
+
+    def run_network(path: Path) -> LogitBlocks:
+        network = reference_network(path)
+        return ((rows, network(tensors)) for rows, tensors in data.blocks(data.val))
 
     ingest_group = _group(manifest, "ingest")
     rows = [
-        row(ingest_group, *teacher) for teacher in _teachers(manifest, paths, data.contract, root)
+        measure(ingest_group, *teacher)
+        for teacher in _teachers(manifest, paths, data.contract, root)
     ]
     group = _group(manifest, "ingest", "distill")
     facts = manifest.facts("distill", DistillFacts)
     student = facts.student
-    int8 = _int8(manifest, paths)
-    shape = (len(student_input.bands), *student_input.size_hw)
-    (logits,) = answers(val.images, student_input, reference_network(paths.student))
-    rows.append(
-        row(group, f"{student}, distilled", logits, {**_network(paths.student, shape), **int8})
-    )
+    shape = (len(data.student_input.bands), *data.student_input.size_hw)
+    values = {**_network(paths.student, shape), **_int8(manifest, paths)}
+    rows.append(measure(group, f"{student}, distilled", run_network(paths.student), values))
     for baseline in facts.baselines:
         path = paths.training / f"{baseline}.onnx"
         words = baseline.replace("_", " ").replace("no teacher", "without teacher")
-        (logits,) = answers(val.images, student_input, reference_network(path))
-        rows.append(row(group, f"{student}, {words}", logits, _network(path, shape)))
+        rows.append(measure(group, f"{student}, {words}", run_network(path), _network(path, shape)))
     return rows
+
+
+def _count(data: StudentData, blocks: LogitBlocks) -> tuple[Table, tuple[Decision, ...]]:
+    """What the table says of a network, and its decisions on the first patches of validation."""
+    table, val = data.task.table(data.classes), data.val
+    first: tuple[Decision, ...] = ()
+    for rows, logits in blocks:
+        table.add(logits, val.labels[rows])
+        first = first or first_decisions(logits, val.labels[rows], val.rows[rows], data.labels)
+    return table, first
 
 
 def _group(manifest: Manifest, *stages: str) -> str:
@@ -164,18 +178,9 @@ def _group(manifest: Manifest, *stages: str) -> str:
     return json.dumps([files, [record.params for record in records]], sort_keys=True)
 
 
-def _scores(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float | None]:
-    return {
-        "top1": top1(logits, labels),
-        "macro_f1": macro_f1(logits, labels),
-        "balanced_accuracy": balanced_accuracy(logits, labels),
-        "ece": expected_calibration_error(logits, labels),
-    }
-
-
 def _teachers(
     manifest: Manifest, paths: Artifacts, contract: Contract, root: Path
-) -> Iterator[tuple[str, NDArray[np.float32], dict[str, float | None]]]:
+) -> Iterator[tuple[str, LogitBlocks, dict[str, float | None]]]:
     """Each member, then their ensemble; costs of files that are no longer there are None."""
     teaching = Teaching(paths.teaching, paths.contract)
     ensemble, members = teaching.ensemble, teaching.val_members()
@@ -187,19 +192,26 @@ def _teachers(
     for member, logits in zip(ensemble.members, members, strict=True):
         file = files.get(member.params.path or "")
         costs.append(_costs(file, member, contract) if file and file.exists() else {})
-        yield f"teacher {member.name}", logits, costs[-1]
+        yield f"teacher {member.name}", _blocks(logits), costs[-1]
     totals: dict[str, float | None] = {}
     for name in ("parameters", "macs", "latency_ms", "onnx_bytes"):
         values = [cost.get(name) for cost in costs]
         numbers = [value for value in values if value is not None]
         totals[name] = sum(numbers) if len(numbers) == len(values) else None
-    logits = combine(
-        list(members),
-        [m.params.weight for m in ensemble.members],
-        ensemble.rule,
-        [m.temperature for m in ensemble.members],
+    weights = [m.params.weight for m in ensemble.members]
+    temperatures = [m.temperature for m in ensemble.members]
+    blocks = (
+        (rows, combine(list(logits.swapaxes(0, 1)), weights, ensemble.rule, temperatures))
+        for rows, logits in _blocks(members.swapaxes(0, 1))
     )
-    yield "teacher ensemble", logits, totals
+    yield "teacher ensemble", blocks, totals
+
+
+def _blocks(logits: NDArray[np.float32]) -> LogitBlocks:
+    """Memory-mapped logits (N, ...), some at a time."""
+    for start in range(0, len(logits), BLOCK):
+        rows = slice(start, start + BLOCK)
+        yield rows, logits[rows]
 
 
 def _costs(path: Path, member: Member, contract: Contract) -> dict[str, float | None]:
@@ -272,7 +284,7 @@ def _int8(manifest: Manifest, paths: Artifacts) -> dict[str, float | None]:
         return {}
     files = [p for p in paths.quantized_model.iterdir() if p.suffix == ".onnx"]
     return {
-        "top1_int8": manifest.facts("calibrate", CalibrateFacts).top1_val_int8,
+        "score_int8": manifest.facts("calibrate", CalibrateFacts).score_int8,
         "int8_bytes": float(sum(p.stat().st_size for p in files)) if files else None,
     }
 
@@ -281,6 +293,7 @@ def _int8(manifest: Manifest, paths: Artifacts) -> dict[str, float | None]:
 class Summary:
     """The same network of runs that differ in their seed alone."""
 
+    task: Task
     name: str  # with those of the runs where others have a network of this name
     runs: int  # of different seeds
     of: tuple[str, ...]  # names of the runs
@@ -312,7 +325,17 @@ def summarize(rows: Iterable[NetworkRow]) -> list[Summary]:
         confusion = reduce(add, (row.confusion for row in distinct))
         first = tuple((row.seed, row.first) for row in distinct)
         summaries.append(
-            Summary(label, len(distinct), runs, distinct[0].n, mean, sd, confusion, first)
+            Summary(
+                task=distinct[0].task,
+                name=label,
+                runs=len(distinct),
+                of=runs,
+                n=distinct[0].n,
+                mean=mean,
+                sd=sd,
+                confusion=confusion,
+                first=first,
+            )
         )
     return summaries
 
@@ -320,10 +343,18 @@ def summarize(rows: Iterable[NetworkRow]) -> list[Summary]:
 def write_comparison(summaries: Sequence[Summary], folder: Path) -> str:
     """Write tables as CSV and Markdown, and pictures; return the Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
+    task = summaries[0].task
     with (folder / "comparison.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ["network", "runs", "n", "measured_on", *COLUMNS, *(f"{name}_sd" for name in SCORES)]
+            [
+                "network",
+                "runs",
+                "n",
+                "measured_on",
+                *(_column(name, task) for name in COLUMNS),
+                *(f"{_column(name, task)}_sd" for name in SCORES),
+            ]
         )
         for row in summaries:
             values = [row.mean[name] for name in COLUMNS] + [row.sd[name] for name in SCORES]
@@ -339,8 +370,10 @@ def write_comparison(summaries: Sequence[Summary], folder: Path) -> str:
 
 
 def _markdown(summaries: Sequence[Summary]) -> str:
+    title = summaries[0].task.title
+    headings = [heading.replace("score", title) for heading in COLUMNS.values()]
     lines = [
-        "| network | runs | " + " | ".join(COLUMNS.values()) + " |",
+        "| network | runs | " + " | ".join(headings) + " |",
         "|---|" + "---|" * (len(COLUMNS) + 1),
     ]
     for row in summaries:
@@ -373,6 +406,11 @@ def _larger_students(summaries: Sequence[Summary]) -> Iterator[str]:
             yield f"{row.name} takes {ratio:.1f} times the MACs of the teacher ensemble."
 
 
+def _column(name: str, task: Task) -> str:
+    """What the CSV file calls a column: the score has its own name."""
+    return name.replace("score", task.score)
+
+
 def _cell(column: str, mean: float | None, sd: float | None) -> str:
     if mean is None:
         return "-"
@@ -387,12 +425,12 @@ def _picture(summaries: Sequence[Summary], path: Path) -> None:
     axes = figure.subplots()
     places = range(len(summaries))
     colors = ["#b0b7bf" if row.name.startswith("teacher") else "#4c78a8" for row in summaries]
-    scores = [100 * (row.mean["top1"] or 0) for row in summaries]
-    errors = [100 * (row.sd["top1"] or 0) for row in summaries]
+    scores = [100 * (row.mean["score"] or 0) for row in summaries]
+    errors = [100 * (row.sd["score"] or 0) for row in summaries]
     bars = axes.barh(list(places), scores, xerr=errors, color=colors)
     axes.bar_label(bars, fmt="%.1f", padding=4)
     axes.set_yticks(list(places), [row.name for row in summaries])
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
-    axes.set_xlabel("top-1 on validation, % (host-float)")
+    axes.set_xlabel(f"{summaries[0].task.title} on validation, % (host-float)")
     figure.savefig(path, dpi=150)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import softmax
-from sklearn.metrics import confusion_matrix
+
+from preprocessing.scores import decide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,15 +36,6 @@ class Confusion:
         return Confusion(self.classes, self.counts + addend.counts)
 
 
-def count_confusion(
-    logits: NDArray[np.floating], labels: NDArray[np.int64], classes: Sequence[str]
-) -> Confusion:
-    """Count decisions by label; logits (N, classes), labels (N,)."""
-    decided = logits.argmax(axis=1)
-    counts = confusion_matrix(labels, decided, labels=np.arange(len(classes)))
-    return Confusion(tuple(classes), counts)
-
-
 @dataclass(frozen=True)
 class Decision:
     """What one network says about one patch."""
@@ -66,7 +58,7 @@ def first_decisions(
     return tuple(
         Decision(int(row), classes[label], classes[winner], float(probability))
         for row, label, winner, probability in zip(
-            rows, labels, head.argmax(axis=1), confidence, strict=False
+            rows, labels, decide(head), confidence, strict=False
         )
     )
 

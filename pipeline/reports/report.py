@@ -221,7 +221,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stability: Stability
     audit: list[Audit]
     repetition: RepetitionCheck
-    top1_test: Quantity
+    score_test: Quantity = msgspec.field(name="top1_test")
     accuracy: Accuracy
     soak: list[Minute]
     verdict: Verdict
@@ -260,7 +260,7 @@ class Int8Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     loss_points: float
     loss_interval95_points: tuple[float, float]
-    top1_agreement: float  # fraction
+    agreement: float = msgspec.field(name="top1_agreement")  # fraction
     logits_sqnr_db: float | None
     scheme: str
     schemes: tuple[SchemeFacts, ...]
@@ -380,7 +380,7 @@ def _check_origin(measurement: Measurement) -> None:
 
 def _check_rest(report: BenchmarkReport) -> None:
     """Beside the measurement and its own row of top-1, no figure came from a device."""
-    measured = report.measurement.top1_test
+    measured = report.measurement.score_test
     for number, row in enumerate(report.accuracy):
         is_measured = (row.figure.value, row.figure.n) == (measured.value, measured.n)
         if row.figure.measured_on == "device" and not (

@@ -36,8 +36,8 @@ def run(job: Job, params: BenchmarkParams) -> BenchmarkFacts:
     return BenchmarkFacts(
         measured_on=measurement.measured_on,
         runtime=measurement.runtime_version,
-        top1_test=measurement.top1_test.value,
-        n_test=measurement.top1_test.n,
+        score=measurement.score_test.value,
+        n_test=measurement.score_test.n,
         latency_ms=LatencyFacts(latency.p50, latency.p90, latency.p99),
         throughput_fps=measurement.throughput.value,
         verdict=measurement.verdict,

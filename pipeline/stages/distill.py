@@ -45,7 +45,7 @@ def ready(params: DistillParams) -> None:
 
 def gates(params: DistillParams, facts: DistillFacts) -> list[Gate]:
     """The ONNX student computes what the torch student computed."""
-    difference, agreed = facts.export.max_abs_logit_difference, facts.export.top1_agreement
+    difference, agreed = facts.export.max_abs_logit_difference, facts.export.agreement
     return [
         Gate(
             "export",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pipeline.tasks.task import Table
     from preprocessing.scores import Metric
 
 
@@ -56,6 +57,10 @@ class Classification:
             drawn[random.permutation(members)[:count]] = True
         return drawn
 
+    def table(self, classes: int) -> Table:
+        """Counts top-1, macro F1, balanced accuracy and calibration error."""
+        return ClassificationTable(classes)
+
     def metric(self) -> Metric:
         """Counts top-1."""
         return Top1()
@@ -68,8 +73,8 @@ class Classification:
 TASK = Classification()
 
 
-class ClassificationReport:
-    """What a table says of one classifier: counted block by block.
+class ClassificationTable:
+    """See `pipeline.tasks.task.Table`.
 
     Attributes:
         confusion: int64, (classes, classes): row = the label, column = the decision.
@@ -93,6 +98,15 @@ class ClassificationReport:
         bins = len(self._gaps)
         bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
         np.add.at(self._gaps, bin_of, (classes == targets) - confidence)
+
+    def figures(self) -> dict[str, float]:
+        """By name; the first is the score."""
+        return {
+            "score": self.top1(),
+            "macro_f1": self.macro_f1(),
+            "balanced_accuracy": self.balanced_accuracy(),
+            "ece": self.expected_calibration_error(),
+        }
 
     def top1(self) -> float:
         """Fraction 0..1 of patches whose largest logit is that of the label."""

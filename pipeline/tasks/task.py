@@ -24,6 +24,18 @@ TASKS = {"classification": "pipeline.tasks.classification"}
 DEFAULT_TASK = "classification"
 
 
+class Table(Protocol):
+    """Figures of one network beside its score, counted block by block."""
+
+    confusion: NDArray[np.int64]  # (classes, classes): row = the label, column = the decision
+
+    def add(self, logits: NDArray[np.floating], targets: NDArray[np.int64]) -> None:
+        """Count a block: logits (n, classes, *positions), targets (n, *positions)."""
+
+    def figures(self) -> dict[str, float]:
+        """By name; the first is the score."""
+
+
 class Task(Protocol):
     """A kind of problem. Logits are (N, classes, *positions), targets (N, *positions)."""
 
@@ -48,6 +60,9 @@ class Task(Protocol):
 
     def stratify(self, targets: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
         """Draw a share of the patches, each class in its share; (N,), True where drawn."""
+
+    def table(self, classes: int) -> Table:
+        """Counts what a table of networks says of one."""
 
     def metric(self) -> Metric:
         """Counts how good one network is."""

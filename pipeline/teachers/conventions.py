@@ -83,7 +83,7 @@ def describe_ensemble(
     for rule in RULES:
         logits = combine(members, weights, rule, temperatures)
         rules[rule] = RuleFacts(
-            top1_val=top1(logits, labels),
+            score=top1(logits, labels),
             ece_val=expected_calibration_error(logits, labels),
         )
     return rules, tuple(tuple(agreement(one, other) for other in members) for one in members)

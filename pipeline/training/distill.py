@@ -20,11 +20,10 @@ from pipeline.facts import (
     StudentFacts,
 )
 from pipeline.networks.build import parameter_count
-from pipeline.networks.export import compare_export, export_student, torch_logits
-from pipeline.networks.inference import answers, reference_network
+from pipeline.networks.export import export_facts, export_student, torch_logits
+from pipeline.networks.inference import reference_network
 from pipeline.params.distill import DistillParams, describe_loss, float_phase
 from pipeline.run.errors import InputError
-from pipeline.tasks.metrics import top1
 from pipeline.training.folded_network import check_trainable, export_folded
 from pipeline.training.job import TrainingJob, TrainingOutcome
 from pipeline.training.loop import train_all
@@ -161,16 +160,15 @@ def _export(
         rewrites = msgspec.convert(legalized.facts(), tuple[RewriteFacts, ...])
     else:
         export_folded(student, onnx)
-    by_torch, by_onnx = answers(
-        val.images, data.student_input, partial(torch_logits, student), reference_network(onnx)
-    )
+    comparison = data.compare(val, partial(torch_logits, student), reference_network(onnx))
+    score = comparison.network.score()
     return StudentFacts(
         **structs.asdict(outcome),
         parameters=parameter_count(student),
         size_bytes=onnx.stat().st_size,
-        top1_val=top1(by_onnx, val.labels),
+        score=score.value,
         measured_on="host-float",
-        n_val=len(val.labels),
-        export=compare_export(by_torch, by_onnx),
+        n_val=score.n,
+        export=export_facts(comparison),
         rewrites=rewrites,
     )

@@ -17,23 +17,18 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 import onnx
-from msgspec.structs import asdict
 
-from metis.emulator.execute import int8_logits
 from metis.quantize.folding import prepare
 from metis.quantize.placement import watch
-from metis.quantize.qdq import quantized_graph
 from metis.quantize.ranges import choose
-from pipeline.calibration.recipe import Recipe, watched
-from pipeline.calibration.study import figures
+from pipeline.calibration.int8_loss import int8_loss_facts
+from pipeline.calibration.recipe import ObservedStudent, QuantizationRecipe
 from pipeline.facts import Int8LossFacts
-from pipeline.networks.inference import reference_logits
+from pipeline.networks.inference import reference_network
 from pipeline.params.distill import float_phase
-from pipeline.tasks.metrics import paired_difference
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+    from pipeline.networks.inference import Network
     from pipeline.params.distill import DistillParams
     from pipeline.training.job import TrainingJob
 
@@ -126,33 +121,16 @@ class QatStart:
             job: any of its trainings.
             student: ONNX.
         """
-        val = job.data.val
-        frames = job.data.tensors(val)
-        exact = reference_logits(student, frames)
-        int8 = emulated_logits(student, self.samples, frames)
-        loss, interval = paired_difference(
-            exact.argmax(axis=1) == val.labels, int8.argmax(axis=1) == val.labels
-        )
-        return Int8LossFacts(
-            **asdict(figures(exact, int8, val.labels)),
-            loss_points=100 * loss,
-            loss_interval95_points=(100 * interval[0], 100 * interval[1]),
-        )
+        data, int8 = job.data, default_int8_network(student, self.samples)
+        return int8_loss_facts(data.compare(data.val, reference_network(student), int8))
 
 
-def emulated_logits(
-    student: Path, samples: Path, frames: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """What a float student says in int8, calibrated as `kdpipe calibrate` does it by default.
+def default_int8_network(student: Path, samples: Path) -> Network:
+    """A float student in int8, calibrated as `kdpipe run --stage calibrate` does it by default.
 
     Args:
         student: ONNX.
         samples: .npy, float32, (N, 1, C, H, W).
-        frames: float32, (N, C, H, W).
     """
-    recipe = Recipe(_SCHEME)
-    calibrated = watched(student, samples, recipe, lambda count: None)
-    ranges = calibrated.ranges(recipe)
-    parts = prepare(calibrated.baked(recipe, ranges))
-    graph = quantized_graph(parts.core, ranges, scheme=_SCHEME)
-    return int8_logits(parts, graph, _SCHEME, frames)
+    recipe = QuantizationRecipe(_SCHEME)
+    return ObservedStudent.observe(student, samples, recipe).int8_network(recipe)

@@ -21,13 +21,13 @@ def quantize(scheme, into):
 
 
 def measure(model):
-    top1, sqnr = FIGURES[model.scheme]
+    score, sqnr = FIGURES[model.scheme]
     return ComparisonFacts(
         n_val=10,
-        top1_val_float=0.9,
-        top1_val_int8=top1,
+        score_float=0.9,
+        score_int8=score,
         measured_on="host-emulation",
-        top1_agreement=1.0,
+        agreement=1.0,
         logits_cosine_mean=1.0,
         logits_cosine_min=1.0,
         logits_sqnr_db=sqnr,
@@ -40,10 +40,10 @@ def measure(model):
     ("schemes", "best"),
     [("a", "a"), ("ab", "b"), ("abc", "c"), ("cba", "c"), (["a", "c", "exact"], "exact")],
 )
-def test_the_best_top1_is_kept_then_the_best_sqnr(tmp_path, schemes, best):
+def test_the_best_score_is_kept_then_the_best_sqnr(tmp_path, schemes, best):
     model, figures, rows = quantize_best(quantize, measure, schemes, tmp_path / "int8")
     assert model.scheme == best
-    assert figures.top1_val_int8 == FIGURES[best][0]
+    assert figures.score_int8 == FIGURES[best][0]
     assert [row.scheme for row in rows] == list(schemes)
     assert [row.scheme for row in rows if row.chosen] == [best]
     assert list(tmp_path.iterdir()) == [tmp_path / "int8"]

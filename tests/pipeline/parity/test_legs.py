@@ -21,11 +21,11 @@ LIMITS = Limits(
 )
 
 INT8 = Int8Values(
-    top1_float=0.9123,
-    top1_int8=0.9,
+    score_float=0.9123,
+    score_int8=0.9,
     loss_points=1.23,
     loss_interval95_points=(0.5, 1.5),
-    top1_agreement=0.985,
+    agreement=0.985,
     cosine_mean=0.998,
     cosine_min=0.91,
     sqnr_db=31.26,
@@ -63,7 +63,7 @@ def test_a_leg_at_its_limit_passes(name, limit):
         ("yaml", {"max_abs_difference": None}),
         ("yaml", {"fields": ("normalize.mean is 1, needed is 2",)}),
         ("export", {"max_abs_logit_difference": 1.01e-3}),
-        ("export", {"top1_agreement": 0.9999}),
+        ("export", {"agreement": 0.9999}),
         ("int8", {"loss_interval95_points": (0.5, 1.51)}),
         ("png", {"max_abs_difference": float("nan")}),
         ("export", {"max_abs_logit_difference": float("nan")}),
@@ -135,10 +135,10 @@ def test_the_legs_of_distill_and_calibrate_are_what_these_recorded_or_what_was_m
     assert export_leg(distill, ExportFacts(0.5, 0.9)).values == ExportFacts(0.5, 0.9)
     comparison = ComparisonFacts(
         n_val=7,
-        top1_val_float=0.9123,
-        top1_val_int8=0.9,
+        score_float=0.9123,
+        score_int8=0.9,
         measured_on="host-emulation",
-        top1_agreement=0.985,
+        agreement=0.985,
         logits_cosine_mean=0.998,
         logits_cosine_min=0.91,
         logits_sqnr_db=31.26,

@@ -122,10 +122,10 @@ def test_what_is_not_known_is_left_out_and_what_is_known_is_shown(tree, finished
     rate = {**board["throughput"], "value": 900.0, "low": 800.0, "high": 999.0}
     emulator = ComparisonFacts(
         n_val=60,
-        top1_val_float=0.9,
-        top1_val_int8=0.895,
+        score_float=0.9,
+        score_int8=0.895,
         measured_on="host-emulation",
-        top1_agreement=0.98,
+        agreement=0.98,
         logits_cosine_mean=1.0,
         logits_cosine_min=0.9,
         logits_sqnr_db=None,

@@ -153,5 +153,5 @@ def test_the_ensemble_is_described_under_both_rules():
     unsure = np.array([[1, 0], [0, 2], [0, 1]], np.float32)
     rules, agreement = describe_ensemble([sure, unsure], [1, 1], [1, 1], labels)
     assert agreement[0] == (1.0, pytest.approx(2 / 3))
-    assert rules["mean_logits"].top1_val == pytest.approx(2 / 3)
+    assert rules["mean_logits"].score == pytest.approx(2 / 3)
     assert set(rules) == {"mean_logits", "mean_probabilities"}

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rounding import UNIT, assert_codes, widest
 
 from metis.emulator.device_tensors import device_specs
-from metis.emulator.execute import int8_logits, put_on_grid, run_graphs
+from metis.emulator.execute import int8_network, put_on_grid, run_graphs
 from metis.emulator.kernels import arithmetic
 from metis.graph.edit import constants_of, show_tensors, with_batch
 from metis.graph.sessions import open_session
@@ -506,7 +506,7 @@ def test_training_on_a_coarse_grid_gains_where_more_training_in_float_does_not(t
     def int8_top1(folded):
         parts = prepare(folded.exported())
         int8 = quantized_graph(parts.core, ranges, scheme=SCHEME)
-        made = int8_logits(parts, int8, SCHEME, frames[1024:].numpy())
+        made = int8_network(parts, int8, SCHEME)(frames[1024:].numpy())
         return (made.argmax(axis=1) == labels[1024:].numpy()).mean()
 
     on_grid, control = FoldedNetwork(parts, ranges), FoldedNetwork(parts)
