@@ -65,6 +65,12 @@ def assemble_bundle(
         shutil.copyfile(yaml, folder / "pipeline.yaml")
     _save_arrays(folder / "golden.npz", _golden(inputs, data, golden_samples, sdk))
     _save_arrays(folder / "test.npz", _test(inputs, data, progress))
+    _copy_programs(folder)
+    _write_index(folder, compiled, data, limits)
+
+
+def _copy_programs(folder: Path) -> None:
+    """Copy kdbench with its pages, and the package preprocessing, which is all that it imports."""
     package = Path(__file__).resolve().parents[2] / "preprocessing"
     (folder / "preprocessing").mkdir()
     for module in sorted(package.glob("*.py")):
@@ -72,6 +78,12 @@ def assemble_bundle(
     for file in sorted(deploy_folder().iterdir()):
         if file.suffix in (".py", ".md"):
             shutil.copyfile(file, folder / file.name)
+
+
+def _write_index(
+    folder: Path, compiled: CompiledModel, data: StudentData, limits: BundleLimits
+) -> None:
+    """Write bundle.json: what the bundle is, how to run it, and the digest of every file."""
     files = {
         file.relative_to(folder).as_posix(): sha256(file.read_bytes()).hexdigest()
         for file in folder_files(folder)
