@@ -14,8 +14,8 @@ class Switches:
     debug: bool = False
 
 
-def _switch(context: click.Context, parameter: click.Parameter, given: bool) -> None:
-    if given:
+def _switch(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
         context.ensure_object(Switches).debug = True
 
 

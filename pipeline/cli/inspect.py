@@ -57,9 +57,9 @@ def verify(state: RunState, parity: bool, as_json: bool) -> None:
             f"{len(verification.problems)} of the run's files are not what its manifest says: "
             f"{verification.problems[0]}"
         )
-    failed = [row for row in legs if row.passed is False]
-    if failed:
-        raise ParityError("; ".join(f"parity, {row.leg.name}: {row.message}" for row in failed))
+    failures = [row for row in legs if row.passed is False]
+    if failures:
+        raise ParityError("; ".join(f"parity, {row.leg.name}: {row.message}" for row in failures))
 
 
 @click.command()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_options
-@click.option("--stage", "only", multiple=True, metavar="NAME", help="Just this stage (repeat).")
+@click.option("--stage", "names", multiple=True, metavar="NAME", help="Just this stage (repeat).")
 @click.option("--from", "first", metavar="NAME", help="From this stage on.")
 @click.option("--to", "last", metavar="NAME", help="Up to and with this stage.")
 @click.option("--force", is_flag=True, help="Run the selected stages even if they are fresh.")
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def run(
     context: click.Context,
     state: RunState,
-    only: Sequence[str],
+    names: Sequence[str],
     first: str | None,
     last: str | None,
     force: bool,
@@ -49,11 +49,11 @@ def run(
     as_json: bool,
 ) -> None:
     """Run what is stale, in order; skip what is fresh."""
-    selected = _select(tuple(state.stages), only, first, last)
+    stages = _select(tuple(state.stages), names, first, last)
     gates = [name for stage in state.stages.values() for name in stage.gate_names]
-    allowed = _parse_allow(allow, gates)
+    reasons = _parse_allow(allow, gates)
     if dry_run:
-        _dry_run(state, selected, force, as_json)
+        _dry_run(state, stages, force, as_json)
         return
     if is_follower():
         from pipeline.training.loop import take_part
@@ -63,36 +63,36 @@ def run(
     debug = context.ensure_object(Switches).debug
     runner = Runner(state, echo=print_event, debug=debug)
     with leading(state.folder):
-        ran = runner.run(selected, force=force, allow=allowed)
-    report = _print_report(runner.state, bool(ran)) if "benchmark" in selected else None
+        ran = runner.run(stages, force=force, allow=reasons)
+    report = _print_report(runner.state, bool(ran)) if "benchmark" in stages else None
     if as_json:
         print_json({"run": state.config.run, "ran": ran, "report": report})
 
 
 @click.command()
 @run_options
-@click.option("--why", metavar="STAGE", help="Every reason of one stage, in full.")
+@click.option("--why", "stage", metavar="STAGE", help="Every reason of one stage, in full.")
 @json_option
 @debug_option
-def status(state: RunState, why: str | None, as_json: bool) -> None:
+def status(state: RunState, stage: str | None, as_json: bool) -> None:
     """Say what is fresh, stale or failed, and why.
 
     Per stage one of fresh, stale, missing, running, failed and interrupted.
     """
-    if why is not None:
-        _check_stage(why, tuple(state.stages))
-    examined = state.examine()
+    if stage is not None:
+        _check_stage(stage, tuple(state.stages))
+    examinations = state.examine()
     state.digests.save()
     if as_json:
-        rows = {name: _as_json(examination) for name, examination in examined.items()}
+        rows = {name: _as_json(examination) for name, examination in examinations.items()}
         print_json({"run": state.config.run, "stages": rows})
-    elif why is not None:
-        examination = examined[why]
-        click.echo(f"{why} is {examination.state}")
+    elif stage is not None:
+        examination = examinations[stage]
+        click.echo(f"{stage} is {examination.state}")
         for line in [str(d) for d in examination.differences] or [examination.reason]:
             click.echo(f"  {line}")
     else:
-        for name, examination in examined.items():
+        for name, examination in examinations.items():
             click.echo(f"{name:<10} {examination.state:<11} {shorten(examination.reason)}")
 
 
@@ -111,14 +111,14 @@ def _print_report(state: RunState, new: bool) -> str | None:
 
 
 def _select(
-    order: tuple[str, ...], only: Sequence[str], first: str | None, last: str | None
+    order: tuple[str, ...], names: Sequence[str], first: str | None, last: str | None
 ) -> list[str]:
-    for name in [*only, *(n for n in (first, last) if n is not None)]:
+    for name in [*names, *(n for n in (first, last) if n is not None)]:
         _check_stage(name, order)
-    if only and (first or last):
+    if names and (first or last):
         raise ConfigError("--stage stands alone; use it, or --from and --to")
-    if only:
-        return [name for name in order if name in only]
+    if names:
+        return [name for name in order if name in names]
     start = order.index(first) if first else 0
     end = order.index(last) if last else len(order) - 1
     if start > end:
@@ -131,24 +131,24 @@ def _check_stage(stage: str, order: tuple[str, ...]) -> None:
         raise ConfigError(f"there is no stage {stage!r}{nearest(stage, order)}")
 
 
-def _parse_allow(words: Sequence[str], gates: Sequence[str]) -> dict[str, str]:
+def _parse_allow(texts: Sequence[str], gates: Sequence[str]) -> dict[str, str]:
     """Name of a gate -> the user's reason, which may be empty."""
     reasons = {}
-    for word in words:
-        match = re.fullmatch(r"gate=([A-Za-z0-9_]+)(?::(.*))?", word)
+    for text in texts:
+        match = re.fullmatch(r"gate=([A-Za-z0-9_]+)(?::(.*))?", text)
         if match is None:
-            raise ConfigError(f"--allow {word!r}: write gate=NAME or gate=NAME:WHY")
+            raise ConfigError(f"--allow {text!r}: write gate=NAME or gate=NAME:WHY")
         if match[1] not in gates:
             raise ConfigError(f"--allow: there is no gate {match[1]!r}{nearest(match[1], gates)}")
         reasons[match[1]] = match[2] or ""
     return reasons
 
 
-def _dry_run(state: RunState, selected: Sequence[str], force: bool, as_json: bool) -> None:
-    examined = state.examine()
+def _dry_run(state: RunState, stages: Sequence[str], force: bool, as_json: bool) -> None:
+    examinations = state.examine()
     rows: list[dict[str, Any]] = []
-    for name in selected:
-        examination = examined[name]
+    for name in stages:
+        examination = examinations[name]
         record = state.record(name)
         runs = force or examination.state != "fresh"
         rows.append(

@@ -12,7 +12,7 @@ import msgspec
 from metis.backend import BACKENDS, open_backend
 from metis.voyager.process import find_interpreter, python_with_runtime
 from pipeline.delivery.device_run import deploy_folder
-from pipeline.run.environment import DISTRIBUTIONS, describe_environment, installed
+from pipeline.run.environment import DISTRIBUTIONS, describe_environment, installed_version
 
 
 class _Link(msgspec.Struct):
@@ -49,7 +49,7 @@ def examine_machine() -> dict[str, dict[str, Any]]:
     environment.update({f"env {k}": v for k, v in environment.pop("threads").items()})
     return {
         "machine": environment,
-        "packages": {name: installed(name) or "not installed" for name in DISTRIBUTIONS},
+        "packages": {name: installed_version(name) or "not installed" for name in DISTRIBUTIONS},
         "backends": {name: _probe(name) for name in BACKENDS},
         "sdk": _sdk(),
         "devices": _devices(),

@@ -64,23 +64,23 @@ class Attempt:
         self.record = StageRecord(status="pending")
 
     @property
-    def log_words(self) -> str:
+    def log_line(self) -> str:
         """Where the log is; nothing where the attempt ended before it had one."""
-        return f"log: {self._state.shown(self._log)}" if self._log.exists() else ""
+        return f"log: {self._state.describe_path(self._log)}" if self._log.exists() else ""
 
     def begin(self, reason: str) -> None:
         """Claim the partial folder and the log."""
-        before = self._state.record(self._name) or self.record
-        self._check_space(before)
+        record = self._state.record(self._name) or self.record
+        self._check_space(record)
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()
         self._log.parent.mkdir(exist_ok=True)
         self._log.touch()
         self.record = replace(
-            before,
+            record,
             status="running",
             reason=reason,
-            attempts=before.attempts + 1,
+            attempts=record.attempts + 1,
             attempt_key=key_of(self._state.key_parts(self._name)),
             started=timestamp(),
             finished="",
@@ -127,7 +127,7 @@ class Attempt:
             contract=parts["contract"],
             inputs=parts["inputs"],
             sources={
-                n: Source(self._state.shown(p), *self._state.digests.path(p))
+                n: Source(self._state.describe_path(p), *self._state.digests.path(p))
                 for n, p in sources.items()
             },
             outputs=list(artifacts),
@@ -139,7 +139,7 @@ class Attempt:
         )
         return record, artifacts
 
-    def ended(self, status: str, failure: Failure) -> StageRecord:
+    def end(self, status: str, failure: Failure) -> StageRecord:
         """The record of an attempt that made nothing."""
         return replace(
             self.record,
@@ -164,20 +164,20 @@ class Attempt:
 
     def _scratch(self, key: str) -> Path:
         """Where this stage finds what a killed attempt with the same inputs left, and no other."""
-        own = self._state.folder / "scratch" / f"{self._name}-{key[:16]}"
-        for other in own.parent.glob(f"{self._name}-*"):
-            if other != own:
-                shutil.rmtree(other, ignore_errors=True)
-        return own
+        folder = self._state.folder / "scratch" / f"{self._name}-{key[:16]}"
+        for path in folder.parent.glob(f"{self._name}-*"):
+            if path != folder:
+                shutil.rmtree(path, ignore_errors=True)
+        return folder
 
     def _also_read(self, source: str, path: Path) -> None:
-        beside = self._stage.sources(self._params, self._state.config.root)[source].parent
-        self._found[f"{source}+{path.relative_to(beside).as_posix()}"] = path
+        folder = self._stage.sources(self._params, self._state.config.root)[source].parent
+        self._found[f"{source}+{path.relative_to(folder).as_posix()}"] = path
 
-    def _check_unchanged(self, before: Mapping[str, Any]) -> None:
-        now = self._state.key_parts(self._name)
-        for name, digest in before["sources"].items():
-            if now["sources"][name] != digest:
+    def _check_unchanged(self, old_parts: Mapping[str, Any]) -> None:
+        parts = self._state.key_parts(self._name)
+        for name, digest in old_parts["sources"].items():
+            if parts["sources"][name] != digest:
                 raise InputError(
                     f"source {name} changed while {self._name} read it; run again when it is still"
                 )
@@ -211,14 +211,14 @@ class Attempt:
         sync_folder(generation.parent)
         return artifacts
 
-    def _check_space(self, before: StageRecord) -> None:
-        known = [self._state.artifact(name) for name in before.outputs]
-        needed = sum(artifact.size_bytes for artifact in known if artifact) + SPARE_BYTES
+    def _check_space(self, record: StageRecord) -> None:
+        artifacts = [self._state.artifact(name) for name in record.outputs]
+        size = sum(artifact.size_bytes for artifact in artifacts if artifact) + SPARE_BYTES
         free = shutil.disk_usage(self._state.folder).free
-        if free < needed:
+        if free < size:
             raise StageError(
-                f"{self._name} needs about {needed >> 20} MiB of disk space and "
-                f"{free >> 20} MiB are free in {self._state.shown(self._state.folder)}; make room"
+                f"{self._name} needs about {size >> 20} MiB of disk space and {free >> 20} MiB are "
+                f"free in {self._state.describe_path(self._state.folder)}; make room"
             )
 
     @contextmanager
@@ -275,17 +275,17 @@ def job_outside_a_run(state: RunState, name: str, warn: Callable[[str], None]) -
     job = _bare_job(state, name, warn)
     for source, path in job.sources.items():
         if not path.exists():
-            raise InputError(f"source {source} of {name} is missing: {state.shown(path)}")
+            raise InputError(f"source {source} of {name} is missing: {state.describe_path(path)}")
     state.stages[name].ready(state.config.params[name])
     yield job
     state.digests.save()
 
 
-def progress_bar(what: str, total: int) -> tqdm[Any]:
+def progress_bar(title: str, total: int) -> tqdm[Any]:
     """A bar on stderr; nothing where that is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, disable=None, leave=False, file=sys.stderr)
+    return tqdm(total=total, desc=title, disable=None, leave=False, file=sys.stderr)
 
 
 def timestamp() -> str:

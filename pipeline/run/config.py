@@ -67,10 +67,10 @@ def load_config(
     for change in changes:
         _apply(tree, change)
     name = path.name
-    known = ("run", "seed", *stages)
+    keys = ("run", "seed", *stages)
     for key in tree:
-        if key not in known:
-            raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), known)}")
+        if key not in keys:
+            raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), keys)}")
     sections = {stage: tree.get(stage) or {} for stage in stages}
     run_name = _run_name(run if run is not None else tree.get("run", "default"), name)
     seed: int = convert(tree.get("seed", 0), _Seed, "seed", name)
@@ -84,7 +84,7 @@ def load_config(
         path=path.absolute(),
         run=run_name,
         seed=seed,
-        params={stage: _filled(given, params) for stage, given in params.items()},
+        params={stage: _fill(section, params) for stage, section in params.items()},
     )
 
 
@@ -98,7 +98,7 @@ def _locate_programs(section: Params, root: Path) -> Params:
     return replace(section, **programs)
 
 
-def _filled(section: Params, params: Mapping[str, Params]) -> Params:
+def _fill(section: Params, params: Mapping[str, Params]) -> Params:
     """Give parameters that were left null the value of the one they are the same as."""
     values = {}
     for name, notes in marks(type(section)).items():
@@ -116,7 +116,7 @@ def _run_name(name: object, file: str) -> str:
     return name
 
 
-def _loader(where: str) -> Any:  # noqa: ANN401 - a class of PyYAML
+def _loader(place: str) -> Any:  # noqa: ANN401 - a class of PyYAML
     """YAML without two of its traps: repeated keys, and 1e-3 read as a word."""
     import yaml  # only here: commands without a config don't pay for it
 
@@ -124,13 +124,13 @@ def _loader(where: str) -> Any:  # noqa: ANN401 - a class of PyYAML
         pass
 
     def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         for key_node, _ in node.value:
             key = loader.construct_object(key_node, deep=True)
-            if key in seen:
+            if key in keys:
                 line = key_node.start_mark.line + 1
-                raise ConfigError(f"{where}: key {key!r} appears twice (line {line})")
-            seen.add(key)
+                raise ConfigError(f"{place}: key {key!r} appears twice (line {line})")
+            keys.add(key)
         return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
 
     Loader.add_constructor("tag:yaml.org,2002:map", mapping)
@@ -155,8 +155,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
     except yaml.YAMLError as error:
-        words = " ".join(str(error).split())
-        raise ConfigError(f"{path.name} is not YAML: {words}") from error
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{path.name} is not YAML: {message}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -175,19 +175,19 @@ def _apply(tree: dict[str, Any], change: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change!r}: the value is not YAML") from error
     *parents, last = key.split(".")
-    here: Any = tree
-    for word in parents:
-        if isinstance(here, list) and word.isdigit() and int(word) < len(here):
-            here = here[int(word)]
-        elif isinstance(here, dict):
-            if here.get(word) is None:
-                here[word] = {}
-            here = here[word]
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        elif isinstance(node, dict):
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
         else:
-            raise ConfigError(f"--set {change!r}: {word!r} has no keys below it")
-    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
-        here[int(last)] = value
-    elif isinstance(here, dict):
-        here[last] = value
+            raise ConfigError(f"--set {change!r}: {parent!r} has no keys below it")
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
     else:
         raise ConfigError(f"--set {change!r}: there is no {last!r} to set")

@@ -52,14 +52,14 @@ class Digests:
             big = stat.st_size >= REMEMBER_FROM_BYTES
             inode = _inode(stat)
             state = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:"
-            known = self._load().get(inode, "")
-            if big and not fresh and known.startswith(state):
-                return known.removeprefix(state)
+            entry = self._load().get(inode, "")
+            if big and not fresh and entry.startswith(state):
+                return entry.removeprefix(state)
             digest = hashlib.sha256()
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 self._progress(len(chunk))
-        if big and known != state + digest.hexdigest():
+        if big and entry != state + digest.hexdigest():
             self._load()[inode] = state + digest.hexdigest()
             self._changed = True
         return digest.hexdigest()
@@ -76,9 +76,9 @@ class Digests:
         state, inode = "", ""
         if len(files) >= REMEMBER_FROM_FILES:
             state, inode = _folder_state(path, files), _inode(path.stat())
-            known = self._load().get(inode, "")
-            if known.startswith(state):
-                digest, _, size = known.removeprefix(state).partition(":")
+            entry = self._load().get(inode, "")
+            if entry.startswith(state):
+                digest, _, size = entry.removeprefix(state).partition(":")
                 return digest, int(size)
         listing = self.listing(path, fresh=fresh)
         total = sum(int(line.split("\0")[1]) for line in listing.splitlines())

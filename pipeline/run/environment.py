@@ -25,7 +25,7 @@ DISTRIBUTIONS = (
 )
 
 
-def installed(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
     """The version of a distribution, or None when it is not installed."""
     try:
         return version(distribution)

@@ -63,13 +63,13 @@ class ConfigError(ValueError):
     status = 2
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of known words when none is near."""
-    words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
+    choices = sorted(names)
+    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
     if close:
         return "; did you mean " + " or ".join(repr(w) for w in close) + "?"
-    return f"; there are {', '.join(words)}" if len(words) <= 20 else ""
+    return f"; there are {', '.join(choices)}" if len(choices) <= 20 else ""
 
 
 class BusyError(ValueError):

@@ -155,8 +155,8 @@ def facts_problem(tree: dict[str, Any], kind: type) -> str:
     try:
         msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at ")
-        return f"facts{place.strip('`').removeprefix('$')}: {what[0].lower()}{what[1:]}"
+        message, _, place = str(error).partition(" - at ")
+        return f"facts{place.strip('`').removeprefix('$')}: {message[0].lower()}{message[1:]}"
     return ""
 
 

@@ -109,16 +109,16 @@ def read_section(section: Any, kind: type[P], name: str, file: str) -> P:  # noq
 T = TypeVar("T")
 
 
-def convert(value: Any, kind: type[T] | Any, where: str, file: str) -> T:  # noqa: ANN401 - YAML
+def convert(value: Any, kind: type[T] | Any, name: str, file: str) -> T:  # noqa: ANN401 - YAML
     """A value of YAML as a type; see `read_section`."""
     try:
-        converted: T = msgspec.convert(value, kind)
+        result: T = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
-        place = _Place(value, kind, where)
+        place = _Place(value, kind, name)
         place.follow(path.strip("`").removeprefix("$"))
         raise ConfigError(f"{file}: {place.explain(message)}") from error
-    return converted
+    return result
 
 
 class _Place:

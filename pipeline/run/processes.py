@@ -66,7 +66,7 @@ def leading(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def announced(folder: Path, tasks: bytes) -> Iterator[None]:
+def announce(folder: Path, tasks: bytes) -> Iterator[None]:
     """Let followers find these trainings while they are done here.
 
     Args:
@@ -77,14 +77,14 @@ def announced(folder: Path, tasks: bytes) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
         partial.write_bytes(tasks)
-    before = {name: os.environ.get(name) for name in _LIGHTNINGS}
+    environment = {name: os.environ.get(name) for name in _LIGHTNINGS}
     os.environ[TASKS] = str(file)
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
         del os.environ[TASKS]
-        for name, value in before.items():
+        for name, value in environment.items():
             if value is None:
                 os.environ.pop(name, None)
 

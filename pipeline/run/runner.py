@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from metis.backend import BackendError
 from pipeline.run.attempt import Attempt, timestamp
-from pipeline.run.environment import describe_environment, installed
+from pipeline.run.environment import describe_environment, installed_version
 from pipeline.run.errors import BusyError, ExtraMissingError, GateError, InputError, StageError
 from pipeline.run.files import write_atomically
 from pipeline.run.manifest import (
@@ -64,7 +64,7 @@ class Runner:
 
     def run(
         self,
-        selected: Sequence[str],
+        names: Sequence[str],
         *,
         force: bool = False,
         allow: Mapping[str, str] | None = None,
@@ -72,7 +72,7 @@ class Runner:
         """Run what is stale among the selected stages, in order.
 
         Args:
-            selected: names of stages, in order.
+            names: names of stages, in order.
             force: run them even if they are fresh.
             allow: gates that may say no, and the user's reason.
 
@@ -80,8 +80,8 @@ class Runner:
             The stages that ran.
 
         Raises:
-            InputError: the run folder can't be written, or a stage that is not selected would have
-                to run first.
+            InputError: the run folder can't be written, or a stage that is not among them would
+                have to run first.
             BusyError: another process works on this run.
             GateError: a gate said no, and was not allowed to.
         """
@@ -89,12 +89,12 @@ class Runner:
         states = self.state.examine()
         self.state.digests.save()
         if force or any(
-            states[name].state != "fresh" or self._rejudged(name, allow) for name in selected
+            states[name].state != "fresh" or self._new_verdicts(name, allow) for name in names
         ):
-            self._check_ready([n for n in selected if force or states[n].state != "fresh"])
-            self.state.require_inputs(selected[0])
-            return self._run_locked(selected, force, allow)
-        for name in selected:  # nothing to do takes no lock and writes nothing
+            self._check_ready([n for n in names if force or states[n].state != "fresh"])
+            self.state.require_inputs(names[0])
+            return self._run_locked(names, force, allow)
+        for name in names:  # nothing to do takes no lock and writes nothing
             self._echo(f"{name:<10} fresh    {states[name].reason}")
             self._refuse(name, allow)
         return []
@@ -107,17 +107,15 @@ class Runner:
                 if not path.exists():
                     raise InputError(
                         f"{self.config.path.name}: {name}.{source}: there is no "
-                        f"{self.state.shown(path)}"
+                        f"{self.state.describe_path(path)}"
                     )
             self.stages[name].ready(params)
 
-    def _run_locked(
-        self, selected: Sequence[str], force: bool, allow: Mapping[str, str]
-    ) -> list[str]:
+    def _run_locked(self, names: Sequence[str], force: bool, allow: Mapping[str, str]) -> list[str]:
         ran = []
-        with self._locked():
+        with self._lock():
             self.state = RunState(self.config, self.stages)
-            for name in selected:
+            for name in names:
                 state = self.state.examine()[name]
                 self.state.require_inputs(name)
                 if state.state == "fresh" and not force:
@@ -129,10 +127,10 @@ class Runner:
         return ran
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
-        shown = self.state.shown(self.folder)
+        folder = self.state.describe_path(self.folder)
         # Not in the lock itself: some releases of filelock empty it when they try to take it.
         holder = self.folder / HOLDER_FILE
         try:
@@ -141,13 +139,13 @@ class Runner:
             lock.acquire()
             holder.write_text(f"pid {os.getpid()} since {timestamp()}\n")
         except Timeout as error:
-            who = self.state.holder() or "it just started"
+            owner = self.state.holder() or "it just started"
             raise BusyError(
-                f"{shown} is in use by another kdpipe ({who}); wait for it, or stop it"
+                f"{folder} is in use by another kdpipe ({owner}); wait for it, or stop it"
             ) from error
         except OSError as error:
-            words = _os_words(error, self.config.root)
-            raise InputError(f"can't write to {shown}: {words}") from error
+            reason = _describe_os_error(error, self.config.root)
+            raise InputError(f"can't write to {folder}: {reason}") from error
         try:
             yield
         finally:
@@ -157,54 +155,54 @@ class Runner:
     def _execute(self, name: str, reason: str) -> None:
         attempt = Attempt(self.state, name, self._echo, keep=self._debug)
         manifest_file = self.folder / "manifest.json"
-        untouched = manifest_file.read_bytes() if manifest_file.exists() else None
+        backup = manifest_file.read_bytes() if manifest_file.exists() else None
         self._echo(f"{name:<10} runs     {reason}")
         try:
             attempt.begin(reason)
             self._save(name, attempt.record)
-            completed, artifacts = attempt.work()
-            self._commit(name, completed, artifacts)
+            record, artifacts = attempt.work()
+            self._commit(name, record, artifacts)
         except KeyboardInterrupt:
             failure = Failure("Interrupted", f"{name} was interrupted")
-            self._save(name, attempt.ended("interrupted", failure))
+            self._save(name, attempt.end("interrupted", failure))
             raise
         except USER_ERRORS:
-            _restore(manifest_file, untouched)
+            _restore(manifest_file, backup)
             self.state = RunState(self.config, self.stages)
             raise
         except Exception as error:
             meant_for_users = isinstance(error, STAGE_ERRORS)
             if meant_for_users:
-                what = str(error)
+                message = str(error)
             elif isinstance(error, OSError):
-                what = _os_words(error, self.config.root) + self._full_disk_words()
+                message = _describe_os_error(error, self.config.root) + self._full_disk_note()
             else:
-                what = f"{type(error).__name__}: {error}{self._full_disk_words()}"
-            failure = Failure(type(error).__name__, what, attempt.log_words)
+                message = f"{type(error).__name__}: {error}{self._full_disk_note()}"
+            failure = Failure(type(error).__name__, message, attempt.log_line)
             with suppress(OSError):  # a full disk must not hide why we are here
-                self._save(name, attempt.ended("failed", failure))
-            self._echo(f"{name:<10} failed   {attempt.log_words}".rstrip())
+                self._save(name, attempt.end("failed", failure))
+            self._echo(f"{name:<10} failed   {attempt.log_line}".rstrip())
             if meant_for_users:
                 raise
-            raise StageError(f"{name} failed: {what}") from error
+            raise StageError(f"{name} failed: {message}") from error
         finally:
             attempt.clean()
-        for warning in completed.warnings:
+        for warning in record.warnings:
             self._echo(f"{'':<10} warning  {warning}")
-        self._echo(f"{name:<10} done     {completed.seconds:.1f} s")
+        self._echo(f"{name:<10} done     {record.seconds:.1f} s")
 
-    def _full_disk_words(self) -> str:
+    def _full_disk_note(self) -> str:
         """Which disk is full, if one is: libraries tell it in many ways, some in none."""
 
-        def written() -> Iterator[Path]:
+        def places() -> Iterator[Path]:
             yield self.folder
             yield Path(tempfile.gettempdir())
 
         with suppress(OSError):  # no temporary folder at all; that must not hide why we are here
-            for folder in written():
+            for folder in places():
                 if (free := shutil.disk_usage(folder).free) < FULL_DISK_BYTES:
-                    where = self.state.shown(folder)
-                    return f"; the disk of {where} is full ({free >> 10} KiB are free), make room"
+                    name = self.state.describe_path(folder)
+                    return f"; the disk of {name} is full ({free >> 10} KiB are free), make room"
         return ""
 
     def _commit(self, name: str, record: StageRecord, artifacts: Mapping[str, Artifact]) -> None:
@@ -228,19 +226,19 @@ class Runner:
         self.state.digests.save()
 
     def _manifest(self) -> Manifest:
-        now = timestamp()
+        created = timestamp()
         return self.state.manifest or Manifest(
             schema=SCHEMA,
             run=self.config.run,
-            kdpipe=installed("kdpipe") or "unknown",
-            created=now,
-            updated=now,
+            kdpipe=installed_version("kdpipe") or "unknown",
+            created=created,
+            updated=created,
         )
 
     def _save(self, name: str, record: StageRecord, manifest: Manifest | None = None) -> None:
         manifest = replace(
             (manifest or self._manifest()).with_stage(name, record),
-            kdpipe=installed("kdpipe") or "unknown",
+            kdpipe=installed_version("kdpipe") or "unknown",
             updated=timestamp(),
             environment=describe_environment(),
         )
@@ -250,7 +248,7 @@ class Runner:
     def _judge(self, name: str, allow: Mapping[str, str]) -> None:
         """Judge a completed stage by today's limits and record it; a no ends the run."""
         record = self.state.record(name)
-        verdicts = self._rejudged(name, allow)
+        verdicts = self._new_verdicts(name, allow)
         if record and verdicts:
             self._save(name, replace(record, gate=verdicts))
         self._refuse(name, allow)
@@ -261,18 +259,20 @@ class Runner:
             return []
         return self.stages[name].gates(self.config.params[name], self.state.facts_of(name))
 
-    def _rejudged(self, name: str, allow: Mapping[str, str]) -> dict[str, GateRecord]:
+    def _new_verdicts(self, name: str, allow: Mapping[str, str]) -> dict[str, GateRecord]:
         """The verdicts on a stage where they differ from those on record, else nothing."""
         record = self.state.record(name)
-        before = record.gate if record else {}
+        old_verdicts = record.gate if record else {}
         verdicts = {}
         for gate in self._gates(name):
-            known = before.get(gate.name)
-            allowed = ""
+            verdict = old_verdicts.get(gate.name)
+            permission = ""
             if not gate.passed and gate.name in allow:
-                allowed = (known and known.allowed) or f"{timestamp()} {allow[gate.name]}".strip()
-            verdicts[gate.name] = GateRecord(gate.passed, gate.message, allowed)
-        return verdicts if verdicts != before else {}
+                permission = (
+                    verdict and verdict.allowed
+                ) or f"{timestamp()} {allow[gate.name]}".strip()
+            verdicts[gate.name] = GateRecord(gate.passed, gate.message, permission)
+        return verdicts if verdicts != old_verdicts else {}
 
     def _refuse(self, name: str, allow: Mapping[str, str]) -> None:
         for gate in self._gates(name):
@@ -289,7 +289,7 @@ def _restore(path: Path, data: bytes | None) -> None:
         write_atomically(path, data)
 
 
-def _os_words(error: OSError, root: Path) -> str:
+def _describe_os_error(error: OSError, root: Path) -> str:
     name = error.filename2 or error.filename  # the second is what could not be written
     file = f" ({str(name).removeprefix(f'{root}/')})" if name else ""
     return f"{error.strerror or error}{file}"

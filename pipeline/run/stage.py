@@ -71,22 +71,22 @@ class Stage(Generic[P, F]):
     code_version: int = 1  # raised by hand when the stage's outputs change for equal inputs
 
 
-def order_stages(found: Mapping[str, Stage[Any, Any]]) -> dict[str, Stage[Any, Any]]:
+def order_stages(stages: Mapping[str, Stage[Any, Any]]) -> dict[str, Stage[Any, Any]]:
     """The same stages, each after the stages that make its inputs. See `load_stages`."""
     maker: dict[str, str] = {}
-    for name, stage in found.items():
+    for name, stage in stages.items():
         for output in stage.outputs:
             if output in maker:
                 raise StageError(f"{maker[output]} and {name} both make {output!r}")
             maker[output] = name
     graph: dict[str, set[str]] = {}
-    for name, stage in found.items():
-        for needed in stage.inputs:
-            if needed not in maker:
-                raise StageError(f"{name} needs {needed!r}, which no stage makes")
-        graph[name] = {maker[needed] for needed in stage.inputs}
+    for name, stage in stages.items():
+        for artifact in stage.inputs:
+            if artifact not in maker:
+                raise StageError(f"{name} needs {artifact!r}, which no stage makes")
+        graph[name] = {maker[artifact] for artifact in stage.inputs}
     try:
         order = TopologicalSorter(graph).static_order()
-        return {name: found[name] for name in order}
+        return {name: stages[name] for name in order}
     except CycleError as error:
         raise StageError(f"stages wait for each other: {' -> '.join(error.args[1])}") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import Artifacts
 from pipeline.facts import RunFacts
 from pipeline.run.digests import Digests
-from pipeline.run.environment import installed
+from pipeline.run.environment import installed_version
 from pipeline.run.errors import InputError
 from pipeline.run.manifest import ManifestError, facts_problem, load_manifest
 
@@ -41,7 +41,7 @@ class Difference:
     tool: bool = False  # only the version of a tool
 
     def __str__(self) -> str:
-        return f"{self.what} was {_words(self.old)}, now {_words(self.new)}"
+        return f"{self.what} was {_show_value(self.old)}, now {_show_value(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,17 @@ class RunState:
             ManifestError: an input was changed since it was made.
         """
         states = self.examine()
-        for needed in self.stages[stage].inputs:
-            maker = self.maker[needed]
+        for name in self.stages[stage].inputs:
+            maker = self.maker[name]
             cure = f"  {maker} makes it:  kdpipe run --stage {maker}"
-            if self.artifact(needed) is None:
-                manifest = self.shown(self.folder / "manifest.json")
-                raise InputError(
-                    f"{stage} needs {needed!r}, which {manifest} does not have.\n{cure}"
-                )
-            if problem := self.damage(needed):
+            if self.artifact(name) is None:
+                manifest = self.describe_path(self.folder / "manifest.json")
+                raise InputError(f"{stage} needs {name!r}, which {manifest} does not have.\n{cure}")
+            if problem := self.damage(name):
                 raise ManifestError(f"{problem}.\n{cure}")
             if not states[maker].usable:
                 raise InputError(
-                    f"{stage} needs {needed!r}, but {maker} is {states[maker].state}: "
+                    f"{stage} needs {name!r}, but {maker} is {states[maker].state}: "
                     f"{states[maker].reason}.\n{cure}"
                 )
 
@@ -137,11 +135,11 @@ class RunState:
             if holder := self.holder():
                 return Examination(name, "running", f"it runs now ({holder})")
             return Examination(name, "interrupted", "its last attempt was killed")
-        wanted = self.key_parts(name)
-        makers = [earlier[self.maker[needed]] for needed in self.stages[name].inputs]
-        if record.status != "ok" and (not record.key or record.attempt_key == key_of(wanted)):
+        parts = self.key_parts(name)
+        makers = [earlier[self.maker[artifact]] for artifact in self.stages[name].inputs]
+        if record.status != "ok" and (not record.key or record.attempt_key == key_of(parts)):
             return Examination(name, record.status, record.reason)
-        differences = tuple(self._differences(record, wanted))
+        differences = tuple(self._differences(record, parts))
         if differences:
             reason = "; ".join(str(d) for d in differences)
             usable = all(d.tool for d in differences) and all(m.usable for m in makers)
@@ -150,8 +148,8 @@ class RunState:
             return Examination(name, "stale", problem)
         for maker in makers:
             if maker.state != "fresh":
-                words = f"{maker.stage} comes first and is {maker.state}: {maker.reason}"
-                cause = maker.cause or words
+                reason = f"{maker.stage} comes first and is {maker.state}: {maker.reason}"
+                cause = maker.cause or reason
                 usable = all(m.usable for m in makers)
                 return Examination(name, "stale", cause, usable=usable, cause=cause)
         return Examination(name, "fresh", f"made {record.finished}", usable=True)
@@ -165,26 +163,26 @@ class RunState:
     def holder(self) -> str:
         """The other process that works on the run folder now, `pid N since TIME`, or nothing."""
         try:
-            words = (self.folder / HOLDER_FILE).read_text().strip()
-            pid = int(words.split()[1])
+            text = (self.folder / HOLDER_FILE).read_text().strip()
+            pid = int(text.split()[1])
             os.kill(pid, 0)
         except (OSError, IndexError, ValueError):
             return ""
-        return "" if pid == os.getpid() else words
+        return "" if pid == os.getpid() else text
 
     def damage(self, artifact: str, *, fresh: bool = False) -> str:
         """What is wrong with an artifact on disk; `fresh` trusts no remembered digest."""
-        known = self.artifact(artifact)
-        if known is None:
+        record = self.artifact(artifact)
+        if record is None:
             return f"artifact {artifact} is not in the manifest"
         try:
-            digest, _ = self.digests.path(self.folder / known.path, fresh=fresh)
+            digest, _ = self.digests.path(self.folder / record.path, fresh=fresh)
         except OSError as error:
-            return f"artifact {artifact} ({known.path}) can't be read: {error.strerror}"
-        if digest == known.sha256:
+            return f"artifact {artifact} ({record.path}) can't be read: {error.strerror}"
+        if digest == record.sha256:
             return ""
         return (
-            f"artifact {artifact} ({known.path}) was changed: expected {known.sha256}, "
+            f"artifact {artifact} ({record.path}) was changed: expected {record.sha256}, "
             f"found {digest}"
         )
 
@@ -202,7 +200,9 @@ class RunState:
                 name: self._source_digest(stage, name, path)
                 for name, path in self.sources(stage).items()
             },
-            "inputs": {name: known.sha256 if known else ABSENT for name, known in inputs.items()},
+            "inputs": {
+                name: artifact.sha256 if artifact else ABSENT for name, artifact in inputs.items()
+            },
             "versions": self.versions(stage),
         }
 
@@ -211,12 +211,12 @@ class RunState:
         sources = self.stages[stage].sources(self.config.params[stage], self.config.root)
         record = self.record(stage)
         for name in record.sources if record else ():
-            owner, _, found = name.partition("+")
-            if found and owner in sources:
-                sources[name] = sources[owner].parent / found
+            owner, _, file = name.partition("+")
+            if file and owner in sources:
+                sources[name] = sources[owner].parent / file
         return sources
 
-    def shown(self, path: Path) -> str:
+    def describe_path(self, path: Path) -> str:
         """A path as records and messages show it: relative to the config, or just its name."""
         try:
             return path.absolute().relative_to(self.config.root).as_posix()
@@ -236,11 +236,12 @@ class RunState:
         What is not here can't have changed anything: the box with the card has no torch.
         """
         record = self.record(stage)
-        recorded = record.versions if record else {}
+        old = record.versions if record else {}
         tools = self.stages[stage].tools(self.config.params[stage])
-        found = tools if isinstance(tools, dict) else {tool: installed(tool) for tool in tools}
-        known = {tool: version or recorded.get(tool) for tool, version in found.items()}
-        return {tool: version for tool, version in known.items() if version}
+        if not isinstance(tools, dict):
+            tools = {tool: installed_version(tool) for tool in tools}
+        versions = {tool: version or old.get(tool) for tool, version in tools.items()}
+        return {tool: version for tool, version in versions.items() if version}
 
     def _source_digest(self, stage: str, name: str, path: Path) -> str:
         try:
@@ -249,25 +250,27 @@ class RunState:
             # The box with the card gets the run folder, not the 52 GB beside it: what can't be
             # looked at counts as unchanged, as long as it is still called the same.
             record = self.record(stage)
-            known = record.sources.get(name) if record else None
-            return known.sha256 if known and known.path == self.shown(path) else ABSENT
+            source = record.sources.get(name) if record else None
+            return source.sha256 if source and source.path == self.describe_path(path) else ABSENT
 
-    def _differences(self, record: StageRecord, wanted: Mapping[str, Any]) -> Iterator[Difference]:
+    def _differences(self, record: StageRecord, parts: Mapping[str, Any]) -> Iterator[Difference]:
         old = record.key_parts
         for part in ("contract", "sources", "params", "inputs", "seed", "versions", "code_version"):
-            for path, was, now in _compare(old.get(part), wanted[part]):
+            for path, old_value, new_value in _compare(old.get(part), parts[part]):
                 name = path.removeprefix(".")
                 if part == "sources" and name == "contract":
                     continue  # said by the part of that name
-                yield Difference(self._name(record, part, name), was, now, tool=part == "versions")
+                yield Difference(
+                    self._name(record, part, name), old_value, new_value, tool=part == "versions"
+                )
 
     def _name(self, record: StageRecord, part: str, name: str) -> str:
         if part == "contract":
             maker = self.maker["contract"]
-            return self.shown(self.sources(maker)["contract"])
+            return self.describe_path(self.sources(maker)["contract"])
         if part == "sources":
-            known = record.sources.get(name)
-            return f"{known.path} ({name})" if known else f"source {name}"
+            source = record.sources.get(name)
+            return f"{source.path} ({name})" if source else f"source {name}"
         if part == "inputs":
             return f"input {name}"
         if part == "code_version":
@@ -292,13 +295,13 @@ def _compare(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any
         and len(old) == len(new)
         and any(isinstance(item, dict) for item in new)
     ):
-        for i, (was, now) in enumerate(zip(old, new, strict=True)):
-            yield from _compare(was, now, f"{path}[{i}]")
+        for i, (old_value, new_value) in enumerate(zip(old, new, strict=True)):
+            yield from _compare(old_value, new_value, f"{path}[{i}]")
     elif old != new:
         yield path, old, new
 
 
-def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree
+def _show_value(value: Any) -> str:  # noqa: ANN401 - a JSON tree
     if value is None:
         return "nothing"
     text = value if isinstance(value, str) else json.dumps(value)

@@ -43,7 +43,7 @@ def verify_run(state: RunState) -> Verification:
         ManifestError: there is no manifest yet.
     """
     if state.manifest is None:
-        raise ManifestError(f"{state.shown(state.folder)} has no manifest.json; run first")
+        raise ManifestError(f"{state.describe_path(state.folder)} has no manifest.json; run first")
     result = Verification()
     for name, artifact in state.manifest.artifacts.items():
         result.problems += _check_artifact(state, name, artifact, result)
@@ -71,8 +71,8 @@ def _check_folder(
     state: RunState, name: str, artifact: Artifact, result: Verification
 ) -> Iterator[str]:
     folder = state.folder / artifact.path
-    found = dict(_entries(state.digests.listing(folder, fresh=True)))
-    result.checked += len(found)
+    digests = dict(_entries(state.digests.listing(folder, fresh=True)))
+    result.checked += len(digests)
     listing = folder.with_name(folder.name + LISTING_SUFFIX)
     text = listing.read_bytes() if listing.exists() else b""
     if sha256(text).hexdigest() != artifact.sha256:
@@ -84,12 +84,12 @@ def _check_folder(
         )
         return
     expected = dict(_entries(text.decode()))
-    for file in sorted({*expected, *found}):
+    for file in sorted({*expected, *digests}):
         yield from _compare(
             name,
             f"{artifact.path}/{file}",
             expected.get(file, "no such file"),
-            found.get(file, "no such file"),
+            digests.get(file, "no such file"),
         )
 
 
@@ -99,9 +99,9 @@ def _entries(listing: str) -> Iterator[tuple[str, str]]:
         yield name, digest
 
 
-def _compare(artifact: str, path: str, expected: str, found: str) -> Iterator[str]:
-    if expected != found:
-        yield f"{artifact}: {path}: expected {expected}, found {found}"
+def _compare(artifact: str, path: str, expected: str, digest: str) -> Iterator[str]:
+    if expected != digest:
+        yield f"{artifact}: {path}: expected {expected}, found {digest}"
 
 
 def _check_contract(state: RunState) -> Iterator[str]:
@@ -122,14 +122,14 @@ def _check_contract(state: RunState) -> Iterator[str]:
     for name, file, key in CONTRACT_REPEATED:
         if name in manifest.artifacts:
             path = state.folder / manifest.artifacts[name].path / file
-            yield from _compare(name, f"{file or path.name}: {key}", truth, _read(path, key))
+            yield from _compare(name, f"{file or path.name}: {key}", truth, _load_key(path, key))
     pipeline = manifest.artifacts.get("device_pipeline")
     for path in (state.folder / pipeline.path).glob("*.yaml") if pipeline else ():
         if truth.encode() not in path.read_bytes():
             yield f"device_pipeline: {path.name} does not carry the contract's digest {truth}"
 
 
-def _read(path: Path, key: str) -> str:
+def _load_key(path: Path, key: str) -> str:
     try:
         return str(json.loads(path.read_text())[key])
     except (OSError, ValueError, KeyError) as error:

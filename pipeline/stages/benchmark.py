@@ -11,7 +11,7 @@ from pipeline.facts import BenchmarkFacts, LatencyFacts, PngLeg, YamlLeg
 from pipeline.params.benchmark import BUNDLED, BenchmarkParams
 from pipeline.parity.legs import judge
 from pipeline.reports.report import parse_measurement
-from pipeline.run.environment import installed
+from pipeline.run.environment import installed_version
 from pipeline.run.stage import Gate, Job, Stage
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def gates(params: BenchmarkParams, facts: BenchmarkFacts) -> list[Gate]:
 
 def tools(params: BenchmarkParams) -> dict[str, str | None]:
     """What computes and measures here; a runtime on another host is only known by measuring."""
-    versions = {"onnxruntime": installed("onnxruntime")}
+    versions = {"onnxruntime": installed_version("onnxruntime")}
     if params.backend == "voyager" and not params.host:
         versions["axelera-rt"] = find_interpreter(params.sdk.python).versions.get("axelera-rt")
     return versions

@@ -27,7 +27,7 @@ from pipeline.data.dataset import DatasetSplit
 from pipeline.networks.build import build_student, checkpoint_gradients
 from pipeline.params.distill import DistillParams
 from pipeline.run.files import write_atomically
-from pipeline.run.processes import announced
+from pipeline.run.processes import announce
 from pipeline.teachers.soft_targets import Teaching
 from pipeline.training.batches import (
     InOrder,
@@ -115,7 +115,7 @@ def train_all(
     Returns:
         What came of each, see `train`.
     """
-    with announced(folder, msgspec.json.encode(list(jobs))):
+    with announce(folder, msgspec.json.encode(list(jobs))):
         outcomes = [_train_once(job, progress) for job in jobs]
     return [outcome for outcome in outcomes if outcome is not None]
 

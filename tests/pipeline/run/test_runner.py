@@ -223,7 +223,7 @@ def test_an_edited_output_makes_its_stage_stale(bench):
 
 def test_another_release_of_a_tool_is_a_reason(bench, monkeypatch):
     bench.run()
-    monkeypatch.setattr("pipeline.run.state.installed", lambda name: "99.0")
+    monkeypatch.setattr("pipeline.run.state.installed_version", lambda name: "99.0")
     assert bench.states() == {"read": "fresh", "double": "stale", "last": "stale"}
     assert "numpy was " in bench.reason("double")
     # But what it made may feed a later stage on this other machine, and so on down the line.
@@ -235,7 +235,7 @@ def test_another_release_of_a_tool_is_a_reason(bench, monkeypatch):
 
 def test_a_tool_that_is_not_here_cannot_have_changed_anything(bench, monkeypatch):
     bench.run()
-    monkeypatch.setattr("pipeline.run.state.installed", lambda name: None)
+    monkeypatch.setattr("pipeline.run.state.installed_version", lambda name: None)
     assert set(bench.states().values()) == {"fresh"}
 
 
