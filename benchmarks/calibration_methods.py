@@ -52,12 +52,12 @@ Calibrate = Callable[[Path, Crops, Path], None]
 def kdpipe(observer: str = "mse", correct_bias: bool = True) -> Calibrate:
     """What `kdpipe calibrate` does: bake, then the emulator's graph."""
     from metis.quantize.folding import prepare
-    from metis.quantize.qdq import quantized_graph
+    from metis.quantize.qdq import quantize_graph
 
     def calibrate(model: Path, crops: Crops, into: Path) -> None:
         baked, ranges = _baked(model, crops, observer, correct_bias)
         core = prepare(baked).core
-        onnx.save(quantized_graph(core, ranges, scheme="per_tensor_histogram"), into)
+        onnx.save(quantize_graph(core, ranges, scheme="per_tensor_histogram"), into)
 
     return calibrate
 
@@ -65,13 +65,13 @@ def kdpipe(observer: str = "mse", correct_bias: bool = True) -> Calibrate:
 def _baked(
     model: Path, crops: Crops, observer: str, correct_bias: bool
 ) -> tuple[onnx.ModelProto, Any]:
-    from metis.quantize.baking import baked
+    from metis.quantize.baking import bake_weights
     from metis.quantize.folding import prepare
-    from metis.quantize.placement import watch
+    from metis.quantize.placement import open_observations
     from metis.quantize.ranges import choose
 
     parts = prepare(onnx.load(model))
-    seen = watch(parts)
+    seen = open_observations(parts)
     some: list[np.ndarray] = []
     for number, crop in enumerate(crops, 1):
         some.append(crop)
@@ -79,7 +79,7 @@ def _baked(
             seen.add(np.concatenate(some), lambda n: None)
             some = []
     ranges = choose(seen, observer)
-    return baked(parts, seen, ranges, correct_bias=correct_bias), ranges
+    return bake_weights(parts, seen, ranges, correct_bias=correct_bias), ranges
 
 
 def onnxruntime(method: str) -> Calibrate:

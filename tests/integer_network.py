@@ -1,4 +1,4 @@
-"""A second reading of a QDQ graph: every operator in plain integers, by `metis.int8`.
+"""A second reading of a QDQ graph: every operator in plain integers.
 
 It shares nothing with onnxruntime. Tensors between QuantizeLinear and DequantizeLinear are codes
 with their grid; an operator gets codes and gives codes.
@@ -32,6 +32,26 @@ FUNCTIONS = {
 }
 
 
+def quantize(x, scale, zero):
+    """Real values to codes, `clip(rint(x / scale) + zero, -128, 127)`."""
+    steps = np.rint(np.asarray(x, np.float32) / np.float32(scale))
+    return np.clip(steps + zero, -128, 127).astype(np.int64)
+
+
+def dequantize(codes, scale, zero):
+    return (codes - zero).astype(np.float32) * np.float32(scale)
+
+
+def table(function, grid, out):
+    """A non-linearity as 256 codes; entry i is the answer to code i - 128."""
+    return quantize(function(dequantize(np.arange(-128, 128), *grid)), *out)
+
+
+def sum_codes(left, right, grids, out):
+    """The sum of two tensors of codes on grids of their own, on the grid `out`."""
+    return quantize(dequantize(left, *grids[0]) + dequantize(right, *grids[1]), *out)
+
+
 @dataclass
 class Tensor:
     codes: np.ndarray
@@ -58,7 +78,7 @@ def run(model, frames):
         if node.op_type == "QuantizeLinear":
             if node.input[0] == graph.input[0].name:
                 scale, zero = grid_of(node)
-                tensors[node.output[0]] = Tensor(int8.quantize(frames, scale, zero), scale, zero)
+                tensors[node.output[0]] = Tensor(quantize(frames, scale, zero), scale, zero)
             else:  # an operator before it has made the codes already
                 tensors[node.output[0]] = tensors[node.input[0]]
         elif node.op_type == "DequantizeLinear":
@@ -75,7 +95,7 @@ def run(model, frames):
             for name, codes, grid in zip(node.output, parts, grids, strict=True):
                 tensors[name] = Tensor(codes, *grid)
     last = tensors[graph.output[0].name]
-    return int8.dequantize(last.codes, *last.grid)
+    return dequantize(last.codes, *last.grid)
 
 
 @dataclass
@@ -121,7 +141,7 @@ class Call:
 def operator(node, tensors, constants, makers, out):
     call = Call(node, [tensors.get(name) for name in node.input], constants, makers, out)
     if node.op_type in FUNCTIONS:
-        return int8.table(FUNCTIONS[node.op_type], call.x.grid, out)[call.x.codes + 128]
+        return table(FUNCTIONS[node.op_type], call.x.grid, out)[call.x.codes + 128]
     return OPERATORS[node.op_type](call)
 
 
@@ -135,7 +155,8 @@ def conv(call):
 
 def gemm(call):
     weight, scales = call.weight()
-    return call.requantized(int8.multiply(call.x.codes, call.x.zero, weight, call.bias()), scales)
+    acc, bias = (call.x.codes - call.x.zero) @ weight.T, call.bias()
+    return call.requantized(acc if bias is None else acc + bias, scales)
 
 
 def conv_transpose(call):
@@ -151,31 +172,38 @@ def conv_transpose(call):
 
 
 def add(call):
-    return int8.add(call.x.codes, call.given[1].codes, call.grids, call.out)
+    return sum_codes(call.x.codes, call.given[1].codes, call.grids, call.out)
 
 
 def sub(call):
     other = call.given[1]
     negative = 2 * other.zero - other.codes  # around the same zero point
-    return int8.add(call.x.codes, negative, call.grids, call.out)
+    return sum_codes(call.x.codes, negative, call.grids, call.out)
 
 
 def mul(call):
-    return int8.scale_by(call.x.codes, call.given[1].codes, call.grids, call.out)
+    left, right = call.x, call.given[1]
+    factor = np.float32(np.float32(left.scale) * np.float32(right.scale)) / np.float32(call.out[0])
+    product = (left.codes - left.zero) * (right.codes - right.zero)
+    return int8.requantize(product, factor, call.out[1])
 
 
 def concat(call):
-    parts = [int8.quantize(int8.dequantize(t.codes, *t.grid), *call.out) for t in call.given]
+    parts = [quantize(dequantize(t.codes, *t.grid), *call.out) for t in call.given]
     return np.concatenate(parts, axis=call.attributes["axis"])
 
 
 def prelu(call):
-    real = int8.dequantize(call.x.codes, *call.x.grid)
-    return int8.quantize(np.where(real >= 0, real, call.constant(1) * real), *call.out)
+    real = dequantize(call.x.codes, *call.x.grid)
+    return quantize(np.where(real >= 0, real, call.constant(1) * real), *call.out)
 
 
 def global_average(call):
-    return int8.global_average(call.x.codes, call.x.grid, call.out)
+    """An int32 sum, one multiplication; (N, C, 1, 1)."""
+    pixels = np.float32(np.prod(call.x.codes.shape[2:]))
+    total = (call.x.codes - call.x.zero).sum(axis=(2, 3), keepdims=True)
+    factor = np.float32(call.x.scale) / (np.float32(call.out[0]) * pixels)
+    return int8.requantize(total, factor, call.out[1])
 
 
 def average_pool(call):
@@ -211,7 +239,7 @@ def cut(call):
 
 def resize(call):
     """Twice the height and width, linear, half_pixel: weights 3/4 and 1/4, edges repeated."""
-    real = int8.dequantize(call.x.codes, *call.x.grid)
+    real = dequantize(call.x.codes, *call.x.grid)
     for axis in (2, 3):
         pads = [(1, 1) if a == axis else (0, 0) for a in range(4)]
         padded = np.pad(real, pads, mode="edge")
@@ -221,7 +249,7 @@ def resize(call):
         shape = list(real.shape)
         shape[axis] *= 2
         real = np.stack(pair, axis=axis + 1).reshape(shape).astype(np.float32)
-    return int8.quantize(real, *call.out)
+    return quantize(real, *call.out)
 
 
 OPERATORS = {

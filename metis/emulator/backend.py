@@ -25,8 +25,8 @@ from metis.emulator.kernels import arithmetic
 from metis.graph.edit import with_batch
 from metis.graph.sessions import open_session
 from metis.quantize.folding import SplitGraph, prepare
-from metis.quantize.placement import watch
-from metis.quantize.qdq import quantized_graph
+from metis.quantize.placement import open_observations
+from metis.quantize.qdq import quantize_graph
 from metis.quantize.ranges import RangeError, Ranges, choose
 from preprocessing.int8 import from_device, to_device
 from preprocessing.scores import without_positions
@@ -85,7 +85,7 @@ class Emulator:
             if ranges is not None:
                 chosen = Ranges.load(ranges)
             else:
-                seen = watch(parts)
+                seen = open_observations(parts)
                 seen.add(np.load(samples, mmap_mode="r")[:, 0], progress)
                 chosen = choose(seen, SCHEMES[scheme])
             return self.write(parts, chosen, into, scheme=scheme)
@@ -97,7 +97,7 @@ class Emulator:
     ) -> QuantizedModel:
         """Write the int8 model of a prepared student; `into` must not exist."""
         into.mkdir(parents=True)
-        graph = quantized_graph(parts.core, ranges, scheme=scheme)
+        graph = quantize_graph(parts.core, ranges, scheme=scheme)
         onnx.save(graph, into / "model.onnx")
         for name, part in (("preamble", parts.preamble), ("postamble", parts.postamble)):
             if part is not None:

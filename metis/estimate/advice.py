@@ -31,27 +31,27 @@ def advise(layer: Layer, term: str, *, streams_weights: bool) -> str:
     if term == "operators":
         words = "every operator costs as much, however small; fewer, wider layers"
         return _OF_OPERATORS.get(layer.op_type, words)
-    filled = _filled(layer)
+    padding = _about_padding(layer)
     if term == "weights":
-        return filled or "fewer channels"
+        return padding or "fewer channels"
     if layer.op_type == "grouped Conv":
-        return filled
+        return padding
     # A step of the matrix takes a pixel of up to 512 inputs and outputs, however few there are.
     return "fewer pixels: a stride earlier, or a smaller input"
 
 
 def _about_memory(layer: Layer, streams_weights: bool) -> str:
     if streams_weights:
-        filled = _filled(layer)
+        padding = _about_padding(layer)
         return "weights do not fit on the chip: more aipu_cores, or fewer weights" + (
-            f"; {filled}" if filled else ""
+            f"; {padding}" if padding else ""
         )
     if layer.concat_bytes:
         return "a long Concat goes through external memory; join fewer maps"
     return "its maps do not fit on the chip: a smaller input, or a stride earlier"
 
 
-def _filled(layer: Layer) -> str:
+def _about_padding(layer: Layer) -> str:
     waste = layer.weight_bytes / layer.needed_weights if layer.needed_weights else 1.0
     if layer.op_type == "grouped Conv":
         return f"groups are filled up to {waste:.1f} times the weights; make it dense or depthwise"

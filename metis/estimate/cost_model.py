@@ -92,12 +92,12 @@ class CostModel:
 @cache
 def load_cost_model() -> CostModel:
     """The committed constants, metis/estimator.json."""
-    found = json.loads(files("metis.estimate").joinpath("estimator.json").read_text())
+    constants = json.loads(files("metis.estimate").joinpath("estimator.json").read_text())
     return CostModel(
-        **found["fitted"],
-        **found["fixed"],
-        error_factor=found["error_factor"],
-        fitted_on=found["fitted_on"],
+        **constants["fitted"],
+        **constants["fixed"],
+        error_factor=constants["error_factor"],
+        fitted_on=constants["fitted_on"],
     )
 
 
@@ -110,8 +110,8 @@ def two_times(
     total: Layer, settings: Settings, costs: CostModel, board: Board
 ) -> tuple[float, float]:
     """Time of the cores and time of external memory, ms per frame."""
-    streamed = costs.streamed_share(total.weight_bytes, settings) * total.weight_bytes
-    traffic = (streamed + total.spill_bytes + total.concat_bytes) / 1e6
+    streamed_bytes = costs.streamed_share(total.weight_bytes, settings) * total.weight_bytes
+    traffic = (streamed_bytes + total.spill_bytes + total.concat_bytes) / 1e6
     return sum(costs.layer_ms(total, settings)), costs.memory_ms(traffic, board)
 
 

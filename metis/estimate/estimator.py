@@ -117,7 +117,9 @@ class Estimate:
             },
             "obstacle": self.obstacle or None,
             "misses": list(self.misses),
-            "boards": {board: _board_facts(found, top) for board, found in self.boards.items()},
+            "boards": {
+                board: _board_facts(estimate, top) for board, estimate in self.boards.items()
+            },
             "by_aipu_cores": {
                 str(cores): {board: figure.facts() for board, figure in figures.items()}
                 for cores, figures in self.by_cores.items()
@@ -132,8 +134,8 @@ class Estimate:
             return
         words = f"aipu_cores {self.settings.aipu_cores}"
         yield words + ("" if self.settings.replication else ", no replication")
-        for board, found in self.boards.items():
-            fps, ms = found.throughput, found.latency
+        for board, estimate in self.boards.items():
+            fps, ms = estimate.throughput, estimate.latency
             yield (
                 f"  {BOARD_NAMES[board]:<5} {fps.value:>7.0f} frames/s {_band(fps, '.0f')}"
                 f"   latency {ms.value:.2f} ms {_band(ms, '.2f')}  [estimate]"
@@ -143,15 +145,15 @@ class Estimate:
         for cores, figures in self.by_cores.items():
             values = " / ".join(f"{figures[board].value:.0f}" for board in BOARDS)
             yield f"  with aipu_cores {cores}: {values} frames/s (PCIe / M.2)  [estimate]"
-        for board, found in self.boards.items():
-            parts = ", ".join(f"{t} {100 * s:.0f} %" for t, s in found.shares().items())
+        for board, estimate in self.boards.items():
+            parts = ", ".join(f"{t} {100 * s:.0f} %" for t, s in estimate.shares().items())
             yield f"  time on {BOARD_NAMES[board]}: {parts}"
         kinds = Counter(time.layer.op_type for time in self.boards["pcie"].layers)
         yield "  operators: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
         yield f"{'ms/frame':>10} {'share':>6}  {'dominant':<10} layer (PCIe)"
-        found = self.boards["pcie"]
-        total = sum(time.ms for time in found.layers)
-        for time in found.slowest(top):
+        estimate = self.boards["pcie"]
+        total = sum(time.ms for time in estimate.layers)
+        for time in estimate.slowest(top):
             yield (
                 f"{time.ms:>10.4f} {100 * time.ms / total:>5.1f}%  {time.term:<10} "
                 f"{time.layer.name} ({time.layer.op_type}): {_advice(time)}"
@@ -178,47 +180,47 @@ def estimate(
     if obstacle:
         return _without_figures(settings, costs, obstacle)
     misses = (*workload.misses, *_doubts(workload, settings, costs))
-    others = (Settings(cores, settings.replication) for cores in (1, 2, CORES))
+    choices = (Settings(cores, settings.replication) for cores in (1, 2, CORES))
     return Estimate(
         settings,
         costs.fitted_on,
         {board: _on_board(workload, settings, costs, board, not misses) for board in BOARDS},
         {
-            other.aipu_cores: {
-                board: _throughput(workload, other, costs, board, not misses) for board in BOARDS
+            choice.aipu_cores: {
+                board: _throughput(workload, choice, costs, board, not misses) for board in BOARDS
             }
-            for other in others
-            if other != settings
+            for choice in choices
+            if choice != settings
         },
         misses,
     )
 
 
 def _on_board(
-    workload: Workload, settings: Settings, costs: CostModel, board: Board, banded: bool
+    workload: Workload, settings: Settings, costs: CostModel, board: Board, has_band: bool
 ) -> BoardEstimate:
     core, memory = two_times(workload.total, settings, costs, board)
     # One copy works alone: each of its cores takes one frame, and the memory is theirs.
     call = costs.combine(core * settings.busy, memory * settings.aipu_cores)
     frames = "one frame" if settings.aipu_cores == 1 else f"{settings.aipu_cores} frames"
     return BoardEstimate(
-        _throughput(workload, settings, costs, board, banded),
+        _throughput(workload, settings, costs, board, has_band),
         _figure(
             call,
             "ms",
             f"one call of {frames} alone on the card, without the host; the band is the "
             "throughput's, as no latency is published",
-            costs.error_factor[board] if banded else None,
+            costs.error_factor[board] if has_band else None,
         ),
         tuple(_layer_times(workload, settings, costs, board)),
     )
 
 
 def _throughput(
-    workload: Workload, settings: Settings, costs: CostModel, board: Board, banded: bool
+    workload: Workload, settings: Settings, costs: CostModel, board: Board, has_band: bool
 ) -> Figure:
     value = 1000 / frame_ms(workload.total, settings, costs, board)
-    factor = costs.error_factor[board] if banded else None
+    factor = costs.error_factor[board] if has_band else None
     return _figure(value, "frames/s", "all cores busy, host and video as published", factor)
 
 
@@ -242,10 +244,11 @@ def _layer_times(
     on_core, on_memory = ((part / t) ** (costs.exponent - 1) for part in (core, memory))
     share = costs.streamed_share(total.weight_bytes, settings)
     for layer in workload.layers:
-        streamed, maps = share * layer.weight_bytes, layer.spill_bytes + layer.concat_bytes
+        streamed_bytes = share * layer.weight_bytes
+        map_bytes = layer.spill_bytes + layer.concat_bytes
         parts = [on_core * ms for ms in costs.layer_ms(layer, settings)]
-        parts.append(on_memory * costs.memory_ms((streamed + maps) / 1e6, board))
-        yield LayerTime(layer, tuple(parts), streams_weights=streamed > maps)
+        parts.append(on_memory * costs.memory_ms((streamed_bytes + map_bytes) / 1e6, board))
+        yield LayerTime(layer, tuple(parts), streams_weights=streamed_bytes > map_bytes)
 
 
 def _obstacle(workload: Workload, costs: CostModel) -> str:
@@ -280,11 +283,11 @@ def _without_figures(settings: Settings, costs: CostModel, obstacle: str) -> Est
     return Estimate(settings, costs.fitted_on, {}, {}, (), obstacle)
 
 
-def _board_facts(found: BoardEstimate, top: int | None) -> dict[str, Any]:
+def _board_facts(estimate: BoardEstimate, top: int | None) -> dict[str, Any]:
     return {
-        "throughput": found.throughput.facts(),
-        "latency": found.latency.facts(),
-        "shares": found.shares(),
+        "throughput": estimate.throughput.facts(),
+        "latency": estimate.latency.facts(),
+        "shares": estimate.shares(),
         "slowest": [
             {
                 "name": time.layer.name,
@@ -295,7 +298,7 @@ def _board_facts(found: BoardEstimate, top: int | None) -> dict[str, Any]:
                 "term": time.term,
                 "advice": _advice(time),
             }
-            for time in found.slowest(top)
+            for time in estimate.slowest(top)
         ],
     }
 

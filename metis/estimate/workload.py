@@ -140,7 +140,7 @@ def _layer(node: Node) -> Layer | None:
         inputs = len(node.proto.input)
         if inputs == 1:
             return None
-        concat = inputs * _padded(node.out) if inputs >= _LONG_CONCAT else 0
+        concat = inputs * _count_padded(node.out) if inputs >= _LONG_CONCAT else 0
     return Layer(_name(node), op_type, spill_bytes=_spill(node), concat_bytes=concat)
 
 
@@ -150,14 +150,14 @@ def _convolution(node: Node) -> Layer:
     pixels = node.out[2:] if node.proto.op_type == "Conv" else node.shape(0)[2:]
     cin, cout, group = node.shape(0)[1], node.out[1], node.attribute("group", 1)
     if group > 1 and group == cin:
-        padded = _up(cout, _WORD) * taps
+        padded_weights = _up(cout, _WORD) * taps
         return Layer(
             _name(node),
             "depthwise Conv",
             macs=node_macs(node),
-            weight_bytes=padded,
+            weight_bytes=padded_weights,
             needed_weights=prod(weight),
-            taps=prod(pixels) * padded,
+            taps=prod(pixels) * padded_weights,
             spill_bytes=_spill(node),
         )
     first = node.proto.input[0] in {value.name for value in node.graph.inputs}
@@ -170,7 +170,7 @@ def _convolution(node: Node) -> Layer:
         "grouped Conv" if group > 1 else node.proto.op_type,
         macs=node_macs(node),
         tiles=window.tiles(pixels),
-        copied_tiles=window.first_layer(pixels) if first else window.copied(pixels),
+        copied_tiles=window.first_layer(pixels) if first else window.copied_tiles(pixels),
         weight_bytes=rows * taps * columns,
         needed_weights=prod(weight),
         spill_bytes=_spill(node),
@@ -195,7 +195,7 @@ class Window:
         steps = prod(pixels[:-1]) * ceil(pixels[-1] / copies)
         return steps * self.height(copies) * ceil(copies * self.outputs / _TILE)
 
-    def copied(self, pixels: tuple[int, ...]) -> int:
+    def copied_tiles(self, pixels: tuple[int, ...]) -> int:
         """Tiles with the best number of copies."""
         if prod(pixels) == 1:
             return self.tiles(pixels)
@@ -230,7 +230,7 @@ def _linear(node: Node) -> Layer:
         node.proto.op_type,
         macs=node_macs(node),
         tiles=window.tiles(pixels),
-        copied_tiles=window.copied(pixels),
+        copied_tiles=window.copied_tiles(pixels),
         weight_bytes=window.column * window.outputs,
         needed_weights=rows * columns,
         spill_bytes=_spill(node),
@@ -268,36 +268,36 @@ def _pads_more(node: Node) -> bool:
 
 
 def _is_folded(node: Node) -> bool:
-    maker = node.producer(0)
-    alone = len(node.graph.consumers(node.proto.input[0])) == 1
-    return alone and maker is not None and maker.proto.op_type in ("Conv", "Gemm")
+    producer = node.producer(0)
+    is_only = len(node.graph.consumers(node.proto.input[0])) == 1
+    return is_only and producer is not None and producer.proto.op_type in ("Conv", "Gemm")
 
 
 def _spill(node: Node) -> int:
     """Bytes of maps in and out, channels padded, that a core's memory can't hold."""
-    moving = [name for name in node.proto.input if name and not node.graph.is_fixed(name)]
-    ours = {value.name for value in node.graph.inputs}
-    touched = _padded(node.out) + sum(
-        _padded(node.graph.shape(name) or (), _INPUT_WORD if name in ours else _WORD)
-        for name in moving
+    maps = [name for name in node.proto.input if name and not node.graph.is_fixed(name)]
+    graph_inputs = {value.name for value in node.graph.inputs}
+    size = _count_padded(node.out) + sum(
+        _count_padded(node.graph.shape(name) or (), _INPUT_WORD if name in graph_inputs else _WORD)
+        for name in maps
     )
-    return max(0, touched - _L1_BYTES)
+    return max(0, size - _L1_BYTES)
 
 
 def _gates_itself(node: Node) -> bool:
     """Whether this is the product of x * sigmoid(x)."""
     if node.proto.op_type != "Mul":
         return False
-    one, other = node.proto.input
+    left, right = node.proto.input
     return any(
         (gate := node.producer(number)) is not None
         and gate.proto.op_type in _GATES
         and gate.proto.input[0] == x
-        for number, x in ((0, other), (1, one))
+        for number, x in ((0, right), (1, left))
     )
 
 
-def _padded(shape: tuple[int, ...], word: int = _WORD) -> int:
+def _count_padded(shape: tuple[int, ...], word: int = _WORD) -> int:
     """Elements of (1, C, ...) with the channels padded."""
     return _up(shape[1], word) * prod(shape[2:]) if len(shape) > 1 else prod(shape)
 

@@ -30,7 +30,7 @@ def constants_of(model: onnx.ModelProto) -> dict[str, Array]:
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     """Every attribute of a node by name."""
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
 
 
 def set_array(tensor: onnx.TensorProto, array: Array) -> None:

@@ -109,8 +109,8 @@ def with_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
             raise GraphError(f"no node makes a tensor {name!r}; there are {', '.join(near)}")
     inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
     infos = {value.name: value for value in (*model.graph.output, *inferred)}
-    edited = copy_proto(model)
-    del edited.graph.output[:]
+    result = copy_proto(model)
+    del result.graph.output[:]
     # onnxruntime infers what a bare name leaves open.
-    edited.graph.output.extend(infos.get(name, onnx.ValueInfoProto(name=name)) for name in names)
-    return edited
+    result.graph.output.extend(infos.get(name, onnx.ValueInfoProto(name=name)) for name in names)
+    return result

@@ -11,6 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from metis.graph.connections import Connections, tensors_read
+from metis.graph.edit import attributes_of
 
 Shape = tuple[int, ...]  # 0 for a dimension that is not fixed
 
@@ -59,32 +60,34 @@ class Graph(Connections):
 
     def on_host(self, node: onnx.NodeProto) -> bool:
         """Whether an operator that is not listed is at one of the graph's edges."""
-        made = node.output[0]
-        return made not in self._fixed and (made in self._before or made in self._after)
+        name = node.output[0]
+        return name not in self._fixed and (name in self._before or name in self._after)
 
     def _fixed_tensors(self) -> set[str]:
         fixed = set(self._constants)
         for node in self.nodes:
-            if any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute):
+            if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
                 continue  # a branch or a loop reads more than its inputs
-            known = node.op_type == "Shape" and all(self.shape(node.input[0]) or (0,))
-            if known or (node.input and all(name in fixed for name in node.input if name)):
+            is_known_shape = node.op_type == "Shape" and all(self.shape(node.input[0]) or (0,))
+            if is_known_shape or (node.input and all(name in fixed for name in node.input if name)):
                 fixed.update(node.output)
         return fixed
 
     def _host_tensors(self, *, forward: bool) -> set[str]:
-        found: set[str] = set()
-        ours = {value.name for value in self.inputs}
+        tensors: set[str] = set()
+        inputs = {value.name for value in self.inputs}
         for node in self.nodes if forward else reversed(self.nodes):
             if self._is_listed(node):
                 continue
             if forward:
-                alone = all(n in found or n in ours or n in self._fixed for n in tensors_read(node))
+                is_end = all(
+                    n in tensors or n in inputs or n in self._fixed for n in tensors_read(node)
+                )
             else:
-                alone = all(r.output[0] in found for n in node.output for r in self.consumers(n))
-            if alone:
-                found.update(node.output)
-        return found
+                is_end = all(r.output[0] in tensors for n in node.output for r in self.consumers(n))
+            if is_end:
+                tensors.update(node.output)
+        return tensors
 
 
 def _dims(value: onnx.ValueInfoProto) -> Shape:
@@ -152,7 +155,7 @@ class Node:
     def __init__(self, graph: Graph, proto: onnx.NodeProto) -> None:
         self.graph = graph
         self.proto = proto
-        self._attributes = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
+        self._attributes = attributes_of(proto)
 
     def attribute(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - of any kind
         """The value of an attribute, text as str."""
@@ -185,7 +188,7 @@ class Node:
     def integers(self, number: int) -> list[int]:
         """The values of a constant input of whole numbers; none where it is no constant."""
         value = self.value(number)
-        return [] if value is None else [int(one) for one in value.ravel()]
+        return [] if value is None else [int(element) for element in value.ravel()]
 
     def scalar(self, number: int) -> float | None:
         """The value of a constant input of one element."""

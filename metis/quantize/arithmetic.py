@@ -1,6 +1,7 @@
-"""What an int8 layer of Metis computes, in plain int32 numpy: the reference of the emulator.
+"""What an int8 convolution of Metis computes, in plain int32 numpy: the emulator's reference.
 
-Slow and obvious. Codes are int8 in int64 arrays, NCHW; `scale` and `zero` belong to a tensor.
+Slow and obvious. Codes are int8 in int64 arrays, NCHW; `scale` and `zero` belong to a tensor. The
+other operators are in `tests/integer_network.py`.
 
     acc = sum (q_x - z_x) * q_w + q_b                        int32
     q_y = clip(rint(float32(acc) * float32(s_x * s_w / s_y)) + z_y, -128, 127), half to even
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -31,19 +32,6 @@ def requantize(acc: Array, multiplier: Array | np.float32, zero: int) -> Array:
         factor = factor.reshape(-1, *[1] * (acc.ndim - 2))
     codes: Array = np.clip(np.rint(acc.astype(np.float32) * factor) + zero, -128, 127)
     return codes.astype(np.int64)
-
-
-def quantize(x: Array, scale: float, zero: int) -> Array:
-    """Real values to codes, `clip(rint(x / scale) + zero, -128, 127)`."""
-    steps = np.rint(np.asarray(x, np.float32) / np.float32(scale))
-    codes: Array = np.clip(steps + zero, -128, 127)
-    return codes.astype(np.int64)
-
-
-def dequantize(q: Array, scale: float, zero: int) -> Array:
-    """Codes to float32."""
-    real: Array = (q - zero).astype(np.float32) * np.float32(scale)
-    return real
 
 
 def convolve(
@@ -76,52 +64,18 @@ def convolve(
     width = (x.shape[3] - (kw - 1) * dilations[1] - 1) // strides[1] + 1
     acc = np.zeros((len(x), out, height, width), np.int64)
     for g in range(group):
-        mine = slice(g * out // group, (g + 1) * out // group)
+        outputs = slice(g * out // group, (g + 1) * out // group)
         part = x[:, g * per_group : (g + 1) * per_group]
         for i in range(kh):
             for j in range(kw):
                 rows = slice(i * dilations[0], i * dilations[0] + height * strides[0], strides[0])
                 cols = slice(j * dilations[1], j * dilations[1] + width * strides[1], strides[1])
-                taps = weight[mine, :, i, j]
-                acc[:, mine] += np.einsum("nihw,oi->nohw", part[:, :, rows, cols], taps)
+                taps = weight[outputs, :, i, j]
+                acc[:, outputs] += np.einsum("nihw,oi->nohw", part[:, :, rows, cols], taps)
     return _int32(acc if bias is None else acc + bias.reshape(-1, 1, 1))
-
-
-def multiply(q: Array, zero: int, weight: Array, bias: Array | None) -> Array:
-    """Accumulators of a Gemm, (N, out), from codes (N, in) and weight codes (out, in)."""
-    acc = (q - zero) @ weight.T
-    return _int32(acc if bias is None else acc + bias)
 
 
 def _int32(acc: Array) -> Array:
     if np.abs(acc).max(initial=0) >= 2**31:
         raise OverflowError("an accumulator does not fit into int32")
     return acc
-
-
-def add(a: Array, b: Array, grids: Sequence[tuple[float, int]], out: tuple[float, int]) -> Array:
-    """Sum of two tensors of codes on grids of their own, on the grid `out`."""
-    return quantize(dequantize(a, *grids[0]) + dequantize(b, *grids[1]), *out)
-
-
-def scale_by(
-    a: Array, b: Array, grids: Sequence[tuple[float, int]], out: tuple[float, int]
-) -> Array:
-    """Product of two tensors of codes, on the grid `out`."""
-    (s_a, z_a), (s_b, z_b) = grids
-    factor = np.float32(np.float32(s_a) * np.float32(s_b)) / np.float32(out[0])
-    return requantize((a - z_a) * (b - z_b), factor, out[1])
-
-
-def global_average(q: Array, grid: tuple[float, int], out: tuple[float, int]) -> Array:
-    """Global average pool: int32 sum, one multiplication; (N, C, 1, 1)."""
-    count = q.shape[2] * q.shape[3]
-    factor = np.float32(grid[0]) / (np.float32(out[0]) * np.float32(count))
-    return requantize((q - grid[1]).sum(axis=(2, 3), keepdims=True), factor, out[1])
-
-
-def table(
-    function: Callable[[Array], Array], grid: tuple[float, int], out: tuple[float, int]
-) -> Array:
-    """A non-linearity as 256 codes; entry i is the answer to code i - 128."""
-    return quantize(function(dequantize(np.arange(-128, 128), *grid)), *out)

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 from metis.graph.edit import attributes_of, constants_of, set_inputs
 from metis.quantize.folding import bias_of
 from metis.quantize.grids import channel_axis, on_grid, tensor_grid, weight_scales
-from metis.quantize.observers import Observer
+from metis.quantize.observers import Observations
 from metis.quantize.placement import compute_nodes, place
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from metis.quantize.ranges import Ranges
 
 
-def baked(
+def bake_weights(
     parts: SplitGraph,
-    seen: Observer,
+    observations: Observations,
     ranges: Ranges,
     *,
     correct_bias: bool = True,
@@ -37,7 +37,7 @@ def baked(
 
     Args:
         parts: of `metis.quantize.folding.prepare`.
-        seen: the pass over the calibration set, with the means of every layer's input.
+        observations: the pass over the calibration set, with the means of every layer's input.
         ranges: of its tensors, for the guard of the bias.
         correct_bias: move the biases.
         clip_weights: shrink a channel's range where that lowers the squared error of its weights.
@@ -53,25 +53,26 @@ def baked(
     for node in compute_nodes(result):
         if node.output[0] not in on_chip:
             continue
-        axis, made = channel_axis(node), node.output[0]
+        axis, output = channel_axis(node), node.output[0]
         weight = constants[node.input[1]]
         bias = bias_of(node, constants)
         source = tensor_grid(ranges.of(placement.root[node.input[0]])).scale
-        kept = _clipped(weight, axis) if clip_weights else weight
-        scales = weight_scales(kept, bias, source, axis)
+        clipped = _clip_weights(weight, axis) if clip_weights else weight
+        scales = weight_scales(clipped, bias, source, axis)
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-        rounded = on_grid(kept, scales, axis).astype(np.float32) * scales.reshape(shape)
-        names = [node.input[0], f"{made}/baked_w"]
+        rounded = on_grid(clipped, scales, axis).astype(np.float32) * scales.reshape(shape)
+        names = [node.input[0], f"{output}/baked_w"]
         write(numpy_helper.from_array(rounded, names[1]))
         if correct_bias or bias is not None:
-            names.append(f"{made}/baked_b")
-            start = np.zeros(len(scales)) if bias is None else bias.astype(np.float64)
+            names.append(f"{output}/baked_b")
+            corrected = np.zeros(len(scales)) if bias is None else bias.astype(np.float64)
             if correct_bias:
-                start = start + _lost(node, weight - rounded, seen.means(node.input[0]))
-            write(numpy_helper.from_array(start.astype(np.float32), names[2]))
+                means = observations.means(node.input[0])
+                corrected = corrected + _mean_shift(node, weight - rounded, means)
+            write(numpy_helper.from_array(corrected.astype(np.float32), names[2]))
         set_inputs(node, names)
-    read = {name for node in result.graph.node for name in node.input}
-    result.graph.initializer.extend(t for t in parts.student.graph.initializer if t.name in read)
+    used = {name for node in result.graph.node for name in node.input}
+    result.graph.initializer.extend(t for t in parts.student.graph.initializer if t.name in used)
     return result
 
 
@@ -81,35 +82,35 @@ def _without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
     return helper.make_model(bare, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def _lost(
+def _mean_shift(
     node: onnx.NodeProto, dw: NDArray[np.float32], means: NDArray[np.float64]
 ) -> NDArray[Any]:
     """Mean per output channel that the missing part `dw` of the weights would have added."""
-    lost: NDArray[Any]
+    shift: NDArray[Any]
     if node.op_type == "Gemm":
-        lost = dw.astype(np.float64) @ means
-        return lost
+        shift = dw.astype(np.float64) @ means
+        return shift
     taps = dw.astype(np.float64).sum(axis=(2, 3))
     if node.op_type == "ConvTranspose":  # weights are (in, out, kh, kw); the chip has no groups
-        lost = means @ taps
-        return lost
+        shift = means @ taps
+        return shift
     group = attributes_of(node).get("group", 1)
-    parts = taps.reshape(group, -1, taps.shape[1])
-    lost = np.einsum("goi,gi->go", parts, means.reshape(group, -1)).ravel()
-    return lost
+    groups = taps.reshape(group, -1, taps.shape[1])
+    shift = np.einsum("goi,gi->go", groups, means.reshape(group, -1)).ravel()
+    return shift
 
 
-def _clipped(weight: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+def _clip_weights(weight: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
     """Every output channel cut at the share of its largest weight that rounds with least error."""
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     top = np.abs(rows).max(axis=1, keepdims=True)
-    best, least = rows, np.full(len(rows), np.inf)
+    best, lowest = rows, np.full(len(rows), np.inf)
     for share in np.linspace(1.0, 0.5, 26):
         step = np.maximum(top * share / 127, np.finfo(np.float32).tiny)
-        cut = np.clip(rows, -top * share, top * share)
-        error = np.square(np.rint(cut / step) * step - rows).sum(axis=1)
-        best = np.where((error < least)[:, None], cut, best)
-        least = np.minimum(error, least)
-    moved = np.moveaxis(weight, axis, 0).shape
-    result: NDArray[np.float32] = np.moveaxis(best.reshape(moved), 0, axis).astype(np.float32)
+        clipped = np.clip(rows, -top * share, top * share)
+        error = np.square(np.rint(clipped / step) * step - rows).sum(axis=1)
+        best = np.where((error < lowest)[:, None], clipped, best)
+        lowest = np.minimum(error, lowest)
+    shape = np.moveaxis(weight, axis, 0).shape
+    result: NDArray[np.float32] = np.moveaxis(best.reshape(shape), 0, axis).astype(np.float32)
     return result

@@ -57,7 +57,7 @@ def prepare(student: onnx.ModelProto) -> SplitGraph:
             than one tensor, or the batch is built into the graph.
     """
     folded = _fold(_lift_constants(student))
-    free = [with_batch(part, "N") if part is not None else None for part in _cut(folded)]
+    free = [with_batch(part, "N") if part is not None else None for part in _cut_ends(folded)]
     core, preamble, postamble = free
     assert core is not None
     _check_same(student, folded, core)
@@ -75,7 +75,7 @@ def _lift_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _cut(
+def _cut_ends(
     model: onnx.ModelProto,
 ) -> tuple[onnx.ModelProto, onnx.ModelProto | None, onnx.ModelProto | None]:
     """Core, preamble and postamble."""
@@ -93,8 +93,8 @@ def _cut(
     if not host:
         return model, None, None
     produced = {name for node in chip for name in node.output}
-    given = produced | {tensor.name for tensor in graph.initializer}
-    inputs = {name for node in chip for name in node.input if name} - given
+    available = produced | {tensor.name for tensor in graph.initializer}
+    inputs = {name for node in chip for name in node.input if name} - available
     outputs = produced & {graph.output[0].name, *(name for node in host for name in node.input)}
     if len(inputs) != 1 or len(outputs) != 1:
         raise BackendError(

@@ -44,8 +44,8 @@ def weight_scales(
     Returns:
         float32, (channels,).
     """
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scales = np.abs(weight).max(axis=others).astype(np.float64) / 127
+    axes = tuple(i for i in range(weight.ndim) if i != axis)
+    scales = np.abs(weight).max(axis=axes).astype(np.float64) / 127
     if bias is not None:
         scales = np.maximum(scales, np.abs(bias) / (2.0**_BIAS_BITS * np.float64(input_scale)))
     scales[scales < np.finfo(np.float32).tiny] = 1.0
@@ -77,9 +77,9 @@ class Grid:
     zero_point: NDArray[np.int64]
 
 
-def tensor_grid(found: Range, *, per_channel: bool = False) -> Grid:
+def tensor_grid(span: Range, *, per_channel: bool = False) -> Grid:
     """The grid of a range; `per_channel` uses its channels where it has some."""
-    pairs = found.channels if per_channel and found.channels else ((found.lo, found.hi),)
+    pairs = span.channels if per_channel and span.channels else ((span.lo, span.hi),)
     grids = [grid(lo, hi) for lo, hi in pairs]
     return Grid(
         np.array([scale for scale, _ in grids], np.float32),

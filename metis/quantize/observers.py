@@ -51,13 +51,13 @@ class Histogram:
     def add(self, batch: NDArray[np.float32], extremes: tuple[float, float] | None = None) -> None:
         """Take in a batch, (N, ...); its extremes, where they are known, need no second look."""
         values = batch.reshape(len(batch), -1)
-        counted = values[:, :: max(1, values.shape[1] // COUNTED) | 1]
+        sample = values[:, :: max(1, values.shape[1] // COUNTED) | 1]
         lo, hi = extremes or (float(values.min()), float(values.max()))
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         while max(-self.lo, self.hi) >= self.reach:
             self._double()
         # The factor is a power of two, so no value is rounded, and none moves to another bin.
-        bins = np.floor(counted.ravel() * np.float32(BINS / 2 / self.reach)).astype(np.intp)
+        bins = np.floor(sample.ravel() * np.float32(BINS / 2 / self.reach)).astype(np.intp)
         self.counts += np.bincount(bins + BINS // 2, minlength=BINS)
 
     def _double(self) -> None:
@@ -79,9 +79,9 @@ def min_max(histogram: Histogram) -> tuple[float, float]:
 
 def percentile(histogram: Histogram) -> tuple[float, float]:
     """Extremes without the outermost 0.01 % of the values at each end."""
-    below = np.cumsum(histogram.counts) / histogram.counts.sum()
-    lo = histogram.centers[np.searchsorted(below, PERCENTILE_CUT)]
-    hi = histogram.centers[np.searchsorted(below, 1 - PERCENTILE_CUT)]
+    cumulative = np.cumsum(histogram.counts) / histogram.counts.sum()
+    lo = histogram.centers[np.searchsorted(cumulative, PERCENTILE_CUT)]
+    hi = histogram.centers[np.searchsorted(cumulative, 1 - PERCENTILE_CUT)]
     return min(float(lo), 0.0), max(float(hi), 0.0)
 
 
@@ -120,18 +120,18 @@ def _search(histogram: Histogram, cost: _Cost) -> tuple[float, float]:
     ends = list(min_max(histogram))
     extremes = tuple(ends)
     for _ in range(3):
-        before = tuple(ends)
+        previous = tuple(ends)
         for end in (0, 1):
             if extremes[end] == 0:
                 continue
-            tried = _SHRINK * extremes[end]
+            candidates = _SHRINK * extremes[end]
             lo, hi = (
-                (tried, np.full_like(tried, ends[1]))
+                (candidates, np.full_like(candidates, ends[1]))
                 if end == 0
-                else (np.full_like(tried, ends[0]), tried)
+                else (np.full_like(candidates, ends[0]), candidates)
             )
-            ends[end] = float(tried[int(np.argmin(cost(centers, counts, lo, hi)))])
-        if tuple(ends) == before or 0 in extremes:
+            ends[end] = float(candidates[int(np.argmin(cost(centers, counts, lo, hi)))])
+        if tuple(ends) == previous or 0 in extremes:
             break
     return ends[0], ends[1]
 
@@ -180,9 +180,9 @@ def _divergences(
         target = np.where(inside, share, 0.0)
         target[first] += share[:first].sum()
         target[last] += share[last + 1 :].sum()
-        known = target > 0
-        ratio = target[known] / np.maximum(carried[known] / carried.sum(), 1e-30)
-        result[i] = float((target[known] * np.log(ratio)).sum())
+        is_positive = target > 0
+        ratio = target[is_positive] / np.maximum(carried[is_positive] / carried.sum(), 1e-30)
+        result[i] = float((target[is_positive] * np.log(ratio)).sum())
     return result
 
 
@@ -200,8 +200,8 @@ def _without_spikes(
     return result
 
 
-class Observer:
-    """Watches the tensors of a float graph while it runs over samples, once."""
+class Observations:
+    """What the tensors of a float graph hold while it runs over samples, once."""
 
     def __init__(
         self,
@@ -238,15 +238,15 @@ class Observer:
         """Run samples, float32 (N, C, H, W), in their order; calls progress with counts."""
         start = 0
         while start < len(samples):
-            fed = np.ascontiguousarray(samples[start : start + self._batch])
+            batch = np.ascontiguousarray(samples[start : start + self._batch])
             if self._preamble is not None:
-                fed = self._preamble.run(None, {self._preamble.get_inputs()[0].name: fed})[0]
-            made = self._session.run(self._outputs, {self._input: fed}) if self._outputs else []
-            bytes_each = sum(self._take(*pair) for pair in zip(self._outputs, made, strict=True))
-            bytes_each = (bytes_each + self._take(self._input, fed)) // len(fed)
-            self.samples += len(fed)
-            progress(len(fed))
-            start += len(fed)
+                batch = self._preamble.run(None, {self._preamble.get_inputs()[0].name: batch})[0]
+            arrays = self._session.run(self._outputs, {self._input: batch}) if self._outputs else []
+            bytes_each = sum(self._take(*pair) for pair in zip(self._outputs, arrays, strict=True))
+            bytes_each = (bytes_each + self._take(self._input, batch)) // len(batch)
+            self.samples += len(batch)
+            progress(len(batch))
+            start += len(batch)
             self._batch = max(1, min(_MAX_BATCH, _ACTIVATIONS_BYTES // max(1, bytes_each)))
 
     def means(self, tensor: str) -> NDArray[np.float64]:
@@ -258,8 +258,8 @@ class Observer:
         extremes = None
         rows = array.reshape(*array.shape[:2], -1)
         if name in self._sums:
-            even = np.full(rows.shape[2], 1 / rows.shape[2], np.float32)
-            self._sums[name] += (rows @ even).sum(axis=0, dtype=np.float64)
+            weights = np.full(rows.shape[2], 1 / rows.shape[2], np.float32)
+            self._sums[name] += (rows @ weights).sum(axis=0, dtype=np.float64)
         if name in self._channels:
             lo, hi = rows.min(axis=(0, 2)), rows.max(axis=(0, 2))
             extremes = float(lo.min()), float(hi.max())

@@ -10,7 +10,7 @@ import onnx
 from metis.graph.connections import Connections
 from metis.graph.edit import attributes_of, constants_of
 from metis.quantize.folding import COMPUTE
-from metis.quantize.observers import Observer
+from metis.quantize.observers import Observations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,17 +62,17 @@ def place(core: onnx.ModelProto) -> Placement:
         for name in node.output:
             if name and name not in fused and name not in constants:
                 root[name] = root[node.input[0]] if node.op_type in _SAME_GRID else name
-    own = tuple(name for name, of in root.items() if name == of)
-    shared = {of for name, of in root.items() if name != of}
+    tensors = tuple(name for name, owner in root.items() if name == owner)
+    shared = {owner for name, owner in root.items() if name != owner}
     depthwise = tuple(
         name
-        for name in own
+        for name in tensors
         if name not in shared
         and name != graph.input[0].name  # its grid goes to the device's host as two numbers
         and (consumers := connections.consumers(name))
         and all(_is_depthwise(node, constants) for node in consumers)
     )
-    return Placement(own, root, fused, depthwise)
+    return Placement(tensors, root, fused, depthwise)
 
 
 def _is_saturation(node: onnx.NodeProto, constants: Mapping[str, Any]) -> bool:
@@ -91,10 +91,10 @@ def compute_nodes(core: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     return (node for node in core.graph.node if node.op_type in COMPUTE)
 
 
-def watch(parts: SplitGraph) -> Observer:
-    """An observer of everything that a student's quantization needs to know."""
+def open_observations(parts: SplitGraph) -> Observations:
+    """Open a student's graph to observe everything that its quantization needs to know."""
     placement = place(parts.core)
-    return Observer(
+    return Observations(
         parts.core,
         placement.tensors,
         means_of={node.input[0] for node in compute_nodes(parts.core)},

@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from metis.quantize.ranges import Ranges
 
 
-def quantized_graph(
+def quantize_graph(
     core: onnx.ModelProto,
     ranges: Ranges,
     *,
     scheme: str,
-    only: Collection[str] | None = None,
+    int8_nodes: Collection[str] | None = None,
 ) -> onnx.ModelProto:
     """Write a folded float graph as QDQ: opset 17, free batch, float ends.
 
@@ -52,17 +52,17 @@ def quantized_graph(
         ranges: of its tensors.
         scheme: `hybrid_per_tensor_per_channel` gives inputs of depthwise convolutions a grid per
             channel; the others differ in how the ranges were chosen.
-        only: names of first outputs of nodes; all others stay float. None: no node stays float.
+        int8_nodes: names of first outputs of nodes; all others stay float. None: none stays float.
 
     Raises:
         RangeError: a tensor has no range.
     """
-    return _Writer(core, ranges, scheme, only).write()
+    return _QdqWriter(core, ranges, scheme, int8_nodes).write()
 
 
-class _Writer:
+class _QdqWriter:
     def __init__(
-        self, core: onnx.ModelProto, ranges: Ranges, scheme: str, only: Collection[str] | None
+        self, core: onnx.ModelProto, ranges: Ranges, scheme: str, int8_nodes: Collection[str] | None
     ) -> None:
         self._core = core
         self._placement = place(core)
@@ -73,7 +73,7 @@ class _Writer:
             name: tensor_grid(ranges.of(name), per_channel=name in per_channel)
             for name in self._placement.tensors
         }
-        self._only = only
+        self._int8_nodes = int8_nodes
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._only_as_codes: dict[str, str] = {}  # tensor -> its float name after the codes
@@ -109,44 +109,43 @@ class _Writer:
 
     def _removable(self) -> list[onnx.NodeProto]:
         """Activations that saturation does exactly: lo is 0 and hi is not beyond the clip's."""
-        found = []
+        removable = []
         for node in self._placement.fused.values():
             if not self._is_int8(node.output[0]):
                 continue
-            here = self._grids[self._placement.root[node.output[0]]]
-            top = float(((127 - here.zero_point) * here.scale).max())
+            own_grid = self._grids[self._placement.root[node.output[0]]]
+            top = float(((127 - own_grid.zero_point) * own_grid.scale).max())
             limit = self._constants[node.input[2]] if node.op_type == "Clip" else np.inf
-            if (here.zero_point == -128).all() and top <= float(limit) * (1 + 1e-6):
-                found.append(node)
-        return found
+            if (own_grid.zero_point == -128).all() and top <= float(limit) * (1 + 1e-6):
+                removable.append(node)
+        return removable
 
-    def _is_int8(self, made: str) -> bool:
+    def _is_int8(self, name: str) -> bool:
         """Whether the node that makes this tensor is quantized, or the one it is fused into."""
         fused = self._placement.fused
-        if self._only is None:
+        if self._int8_nodes is None:
             return True
-        if made in self._only:
+        if name in self._int8_nodes:
             return True
-        return any(n.output[0] == made and n.input[0] in self._only for n in fused.values())
+        return any(n.output[0] == name and n.input[0] in self._int8_nodes for n in fused.values())
 
     def _add(self, node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
-        made = [renamed.get(name, name) for name in node.output]
-        int8 = self._is_int8(made[0])
+        outputs = [renamed.get(name, name) for name in node.output]
+        int8 = self._is_int8(outputs[0])
         if int8 and node.op_type in COMPUTE:
             inputs = [self._input(node.input[0], int8), *self._weights(node)]
         else:
             inputs = [self._input(name, int8) for name in node.input]
-        stored = [int8 and name in self._placement.root for name in made]
-        raw = [f"{n}/float" if is_stored else n for n, is_stored in zip(made, stored, strict=True)]
+        stored = [name for name in outputs if int8 and name in self._placement.root]
         copy = copy_proto(node)
         set_inputs(copy, inputs)
         del copy.output[:]
-        copy.output.extend(raw)
+        copy.output.extend(f"{name}/float" if name in stored else name for name in outputs)
         self._nodes.append(copy)
-        for name, before, is_stored in zip(made, raw, stored, strict=True):
-            if is_stored:
-                last = name == self._core.graph.output[0].name
-                self._only_as_codes[name] = self._pair(before, name, name if last else None)
+        for name in stored:
+            is_last = name == self._core.graph.output[0].name
+            pair = self._pair(f"{name}/float", name, name if is_last else None)
+            self._only_as_codes[name] = pair
 
     def _input(self, name: str, int8: bool) -> str:
         """What a node reads instead of this tensor."""
@@ -176,21 +175,19 @@ class _Writer:
         )
         return f"{name}/int8"
 
-    def _pair(self, before: str, tensor: str, after: str | None) -> str:
+    def _pair(self, source: str, tensor: str, result: str | None) -> str:
         """Quantize and dequantize a tensor; the name of the result, which may be given."""
-        after = after or f"{tensor}/int8"
-        here = self._grids[self._placement.root[tensor]]
-        pair = self._scale_and_zero(self._placement.root[tensor], here)
+        result = result or f"{tensor}/int8"
+        root = self._placement.root[tensor]
+        pair = self._scale_and_zero(root, self._grids[root])
         codes = f"{tensor}/codes"
-        for kind, source, made in (
-            ("QuantizeLinear", before, codes),
-            ("DequantizeLinear", codes, after),
-        ):
-            self._nodes.append(helper.make_node(kind, [source, *pair], [made], axis=1))
-        return after
+        make = helper.make_node
+        self._nodes.append(make("QuantizeLinear", [source, *pair], [codes], axis=1))
+        self._nodes.append(make("DequantizeLinear", [codes, *pair], [result], axis=1))
+        return result
 
-    def _scale_and_zero(self, name: str, here: Grid) -> tuple[str, str]:
-        scale, zero = here.scale, (here.zero_point + UINT8_SHIFT).astype(np.uint8)
+    def _scale_and_zero(self, name: str, own_grid: Grid) -> tuple[str, str]:
+        scale, zero = own_grid.scale, (own_grid.zero_point + UINT8_SHIFT).astype(np.uint8)
         if len(scale) == 1:
             scale, zero = scale[0], zero[0]
         self._keep(f"{name}/scale", np.asarray(scale))
@@ -202,27 +199,28 @@ class _Writer:
         return name
 
     def _weights(self, node: onnx.NodeProto) -> list[str]:
-        axis, made = channel_axis(node), node.output[0]
+        axis, output = channel_axis(node), node.output[0]
         weight = self._constants[node.input[1]]
         bias = bias_of(node, self._constants)
-        source = self._grids[self._placement.root[node.input[0]]].scale
-        source = np.repeat(source, weight.shape[axis] // len(source))  # one per output channel
-        scales = weight_scales(weight, bias, source, axis)
+        grid_scale = self._grids[self._placement.root[node.input[0]]].scale
+        repeats = weight.shape[axis] // len(grid_scale)
+        input_scale = np.repeat(grid_scale, repeats)  # one per output channel
+        scales = weight_scales(weight, bias, input_scale, axis)
         zeros = np.zeros(len(scales), np.int8)
         names = [
-            self._keep(f"{made}/w", on_grid(weight, scales, axis)),
-            self._keep(f"{made}/w_scale", scales),
-            self._keep(f"{made}/w_zero", zeros),
+            self._keep(f"{output}/w", on_grid(weight, scales, axis)),
+            self._keep(f"{output}/w_scale", scales),
+            self._keep(f"{output}/w_zero", zeros),
         ]
         make = helper.make_node
-        self._nodes.append(make("DequantizeLinear", names, [f"{made}/w_int8"], axis=axis))
+        self._nodes.append(make("DequantizeLinear", names, [f"{output}/w_int8"], axis=axis))
         if bias is None:
-            return [f"{made}/w_int8"]
-        steps = (source.astype(np.float32) * scales).astype(np.float32)
+            return [f"{output}/w_int8"]
+        steps = (input_scale.astype(np.float32) * scales).astype(np.float32)
         names = [
-            self._keep(f"{made}/b", np.rint(bias / steps.astype(np.float64)).astype(np.int32)),
-            self._keep(f"{made}/b_scale", steps),
-            self._keep(f"{made}/b_zero", np.zeros(len(steps), np.int32)),
+            self._keep(f"{output}/b", np.rint(bias / steps.astype(np.float64)).astype(np.int32)),
+            self._keep(f"{output}/b_scale", steps),
+            self._keep(f"{output}/b_zero", np.zeros(len(steps), np.int32)),
         ]
-        self._nodes.append(make("DequantizeLinear", names, [f"{made}/b_int32"], axis=0))
-        return [f"{made}/w_int8", f"{made}/b_int32"]
+        self._nodes.append(make("DequantizeLinear", names, [f"{output}/b_int32"], axis=0))
+        return [f"{output}/w_int8", f"{output}/b_int32"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from metis.quantize.observers import Observer, find_range
+from metis.quantize.observers import Observations, find_range
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,22 +95,24 @@ class Ranges:
             raise RangeError(f"no range for tensor {tensor!r}; is the file of another student?")
         return self.tensors[tensor]
 
-    def check(self, seen: Observer) -> None:
+    def check(self, observations: Observations) -> None:
         """Refuse ranges that are not those of a student.
 
         Raises:
             RangeError: a tensor lacks its range, or has another number of channels, or there is a
                 range for a tensor that the student does not have.
         """
-        for tensor in seen.histograms:
-            found, channels = len(self.of(tensor).channels), len(seen.channel_lo.get(tensor, ()))
-            if found not in (0, channels):
+        for tensor in observations.histograms:
+            ranges = len(self.of(tensor).channels)
+            channels = len(observations.channel_lo.get(tensor, ()))
+            if ranges not in (0, channels):
                 raise RangeError(
-                    f"tensor {tensor!r} has {channels} channels, the file gives ranges of {found}"
+                    f"tensor {tensor!r} has {channels} channels, the file gives ranges of {ranges}"
                 )
         for tensor in self.tensors:
-            if tensor not in seen.histograms:
-                raise RangeError(f"the student has no tensor {tensor!r}{_nearest(tensor, seen)}")
+            if tensor not in observations.histograms:
+                hint = _nearest(tensor, observations)
+                raise RangeError(f"the student has no tensor {tensor!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -122,27 +124,29 @@ class _File:
 
 def _range(name: str, raw: object) -> Range:
     try:
-        found = msgspec.convert(raw, Range)
+        span = msgspec.convert(raw, Range)
     except msgspec.ValidationError as error:
         raise RangeError(f"tensor {name!r}: {error}") from error
-    for lo, hi in ((found.lo, found.hi), *found.channels):
+    for lo, hi in ((span.lo, span.hi), *span.channels):
         if not (-_LARGEST <= lo <= hi <= _LARGEST):
             raise RangeError(f"tensor {name!r}: lo {lo:g} and hi {hi:g} are no range")
-    return found
+    return span
 
 
-def _nearest(name: str, seen: Observer) -> str:
-    close = get_close_matches(name, seen.histograms, 1)
+def _nearest(name: str, observations: Observations) -> str:
+    close = get_close_matches(name, observations.histograms, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def choose(
-    seen: Observer, observer: str, overrides: Mapping[str, str | tuple[float, float]] | None = None
+    observations: Observations,
+    observer: str,
+    overrides: Mapping[str, str | tuple[float, float]] | None = None,
 ) -> Ranges:
     """A range for every tensor whose values were counted.
 
     Args:
-        seen: the pass over the samples.
+        observations: the pass over the samples.
         observer: a name in OBSERVERS.
         overrides: by tensor name or pattern (`*conv_dw*`): another observer, or (lo, hi). The
             last pattern that fits counts.
@@ -150,30 +154,31 @@ def choose(
     Raises:
         RangeError: an override fits no tensor, or is no range.
     """
-    left = dict(overrides or {})
+    unused = dict(overrides or {})
     tensors = {}
-    for name, histogram in seen.histograms.items():
-        how: str | tuple[float, float] = observer
+    for name, histogram in observations.histograms.items():
+        choice: str | tuple[float, float] = observer
         for pattern, wanted in (overrides or {}).items():
             if fnmatchcase(name, pattern):
-                how = wanted
-                left.pop(pattern, None)
-        lo, hi = find_range(how, histogram) if isinstance(how, str) else how
+                choice = wanted
+                unused.pop(pattern, None)
+        lo, hi = find_range(choice, histogram) if isinstance(choice, str) else choice
         try:
             grid(lo, hi)
         except RangeError as error:
             raise RangeError(f"tensor {name!r}: {error}") from error
         extremes = (float(histogram.lo), float(histogram.hi))
         channels: tuple[tuple[float, float], ...] = ()
-        if name in seen.channel_lo and isinstance(how, str):  # a given range is for all channels
-            pairs = zip(seen.channel_lo[name], seen.channel_hi[name], strict=True)
-            channels = tuple((float(a), float(b)) for a, b in pairs)
-        word = how if isinstance(how, str) else "given"
+        # A given range is for all channels.
+        if name in observations.channel_lo and isinstance(choice, str):
+            pairs = zip(observations.channel_lo[name], observations.channel_hi[name], strict=True)
+            channels = tuple((float(low), float(high)) for low, high in pairs)
+        word = choice if isinstance(choice, str) else "given"
         tensors[name] = Range(float(lo), float(hi), word, extremes, channels)
-    if left:
+    if unused:
+        pattern = next(iter(unused))
+        hint = _nearest(pattern, observations) or f"; it has {next(iter(tensors))!r} and others"
         raise RangeError(
-            f"{next(iter(left))!r} fits no tensor of the student"
-            + (_nearest(next(iter(left)), seen) or f"; it has {next(iter(tensors))!r} and others")
-            + " (ranges.json of calibrate lists all)"
+            f"{pattern!r} fits no tensor of the student{hint} (ranges.json of calibrate lists all)"
         )
-    return Ranges(samples=seen.samples, tensors=tensors)
+    return Ranges(samples=observations.samples, tensors=tensors)

@@ -15,18 +15,18 @@ import onnx
 from metis.backend import SCHEMES
 from metis.emulator.backend import Emulator
 from metis.emulator.execute import int8_network
-from metis.quantize.baking import baked
+from metis.quantize.baking import bake_weights
 from metis.quantize.equalization import equalize
 from metis.quantize.folding import SplitGraph, prepare
-from metis.quantize.placement import compute_nodes, watch
-from metis.quantize.qdq import quantized_graph
+from metis.quantize.placement import compute_nodes, open_observations
+from metis.quantize.qdq import quantize_graph
 from metis.quantize.ranges import RangeError, Ranges, choose
 from pipeline.params.calibrate import CalibrateParams
 from pipeline.run.errors import InputError
 
 if TYPE_CHECKING:
     from metis.backend import QuantizedModel
-    from metis.quantize.observers import Observer
+    from metis.quantize.observers import Observations
     from pipeline.networks.inference import Network
 
 
@@ -75,7 +75,7 @@ class ObservedStudent:
     """A float student, folded, and what its tensors held for the calibration samples."""
 
     parts: SplitGraph
-    observations: Observer
+    observations: Observations
     pairs: int  # of layers that equalization moved scale between
 
     @staticmethod
@@ -85,7 +85,7 @@ class ObservedStudent:
         if recipe.equalization:
             balanced, pairs = equalize(parts.student)
             parts = prepare(balanced)
-        return ObservedStudent(parts, watch(parts), pairs)
+        return ObservedStudent(parts, open_observations(parts), pairs)
 
     @staticmethod
     def observe(
@@ -119,7 +119,7 @@ class ObservedStudent:
 
     def bake_weights(self, recipe: QuantizationRecipe, ranges: Ranges) -> onnx.ModelProto:
         """The float student that is handed to whoever quantizes."""
-        return baked(
+        return bake_weights(
             self.parts,
             self.observations,
             ranges,
@@ -135,7 +135,7 @@ class ObservedStudent:
         """
         ranges = self.ranges(recipe)
         parts = prepare(self.bake_weights(recipe, ranges))
-        graph = quantized_graph(parts.core, ranges, scheme=recipe.scheme)
+        graph = quantize_graph(parts.core, ranges, scheme=recipe.scheme)
         return int8_network(parts, graph, recipe.scheme)
 
     @property

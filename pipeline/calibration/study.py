@@ -17,7 +17,7 @@ from metis.emulator.execute import run_graphs
 from metis.emulator.kernels import arithmetic
 from metis.quantize.folding import SplitGraph, prepare
 from metis.quantize.placement import compute_nodes, place
-from metis.quantize.qdq import quantized_graph
+from metis.quantize.qdq import quantize_graph
 from pipeline.calibration.int8_loss import int8_facts
 from pipeline.calibration.recipe import ObservedStudent, QuantizationRecipe
 from pipeline.facts import CalibrateFacts, Int8Facts, LayerFacts, VariantFacts
@@ -122,7 +122,7 @@ def rank_layers(
         split: a few patches, whose tensors and logits fit in memory.
         student: the float student.
         ranges: of its tensors.
-        scheme: as in `quantized_graph`.
+        scheme: as in `quantize_graph`.
         progress: called with 1 per layer.
     """
     parts = prepare(onnx.load(student))
@@ -133,7 +133,7 @@ def rank_layers(
     reference = run(parts.core, {})
     rows = []
     for node in compute_nodes(parts.core):
-        alone = quantized_graph(parts.core, ranges, scheme=scheme, only={node.output[0]})
+        alone = quantize_graph(parts.core, ranges, scheme=scheme, int8_nodes={node.output[0]})
         comparison = data.task.comparison(len(split))
         comparison.add(reference, run(alone, options), split.labels)
         rows.append(

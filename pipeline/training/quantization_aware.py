@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from metis.quantize.folding import prepare
-from metis.quantize.placement import watch
+from metis.quantize.placement import open_observations
 from metis.quantize.ranges import choose
 from pipeline.calibration.int8_loss import int8_loss_facts
 from pipeline.calibration.recipe import ObservedStudent, QuantizationRecipe
@@ -87,7 +87,7 @@ class QatStart:
         samples = job.data.tensors(train, np.sort(chosen))
         start = QatStart(student, scratch / "samples.npy", scratch / "ranges.json", len(samples))
         np.save(start.samples, samples[:, None])
-        seen = watch(parts)
+        seen = open_observations(parts)
         seen.add(samples, lambda count: None)
         choose(seen, "mse").save(start.ranges)
         return start

@@ -15,8 +15,8 @@ from onnx import helper, numpy_helper
 from metis.emulator import kernels
 from metis.quantize import arithmetic as int8
 from metis.quantize.folding import prepare
-from metis.quantize.placement import watch
-from metis.quantize.qdq import quantized_graph
+from metis.quantize.placement import open_observations
+from metis.quantize.qdq import quantize_graph
 from metis.quantize.ranges import choose
 
 RANDOM = np.random.default_rng
@@ -24,9 +24,9 @@ RANDOM = np.random.default_rng
 
 def int8_graph(model, frames, observer="min_max", scheme="per_tensor_min_max"):
     parts = prepare(model)
-    seen = watch(parts)
+    seen = open_observations(parts)
     seen.add(frames, lambda n: None)
-    return quantized_graph(parts.core, choose(seen, observer), scheme=scheme)
+    return quantize_graph(parts.core, choose(seen, observer), scheme=scheme)
 
 
 def session(model, options=kernels.EXACT, threads=1):

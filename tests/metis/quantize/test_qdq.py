@@ -16,10 +16,10 @@ from onnxruntime.quantization import (
 
 from metis.emulator.execute import run_graphs
 from metis.emulator.kernels import EXACT
-from metis.quantize.baking import baked
+from metis.quantize.baking import bake_weights
 from metis.quantize.folding import prepare
-from metis.quantize.placement import place, watch
-from metis.quantize.qdq import quantized_graph
+from metis.quantize.placement import open_observations, place
+from metis.quantize.qdq import quantize_graph
 from metis.quantize.ranges import choose
 
 RANDOM = np.random.default_rng
@@ -30,7 +30,7 @@ def watched(model, count=64):
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:]
     # A mean far from zero, as after a Relu: that is what bias correction is about.
     frames = (RANDOM(7).normal(0.7, 1, (count, *shape))).astype(np.float32)
-    seen = watch(parts)
+    seen = open_observations(parts)
     seen.add(frames, lambda n: None)
     return parts, seen, frames
 
@@ -65,7 +65,7 @@ def test_what_is_stored_as_codes():
 
 def test_activations_cost_no_operator():
     parts, seen, _ = watched(residual_network(0))
-    graph = quantized_graph(parts.core, choose(seen, "mse"), scheme="per_tensor_histogram").graph
+    graph = quantize_graph(parts.core, choose(seen, "mse"), scheme="per_tensor_histogram").graph
     kinds = {node.op_type for node in graph.node}
     assert not kinds & {"Relu", "Clip"}
     assert {"HardSwish", "HardSigmoid"} <= kinds
@@ -75,7 +75,7 @@ def test_activations_cost_no_operator():
 def test_baked_weights_lie_on_the_grid_and_stay_there(network):
     parts, seen, frames = watched(network(3))
     ranges = choose(seen, "mse")
-    once = baked(parts, seen, ranges)
+    once = bake_weights(parts, seen, ranges)
     onnx.checker.check_model(once, full_check=True)
     again = prepare(once)
     by_name = {i.name: numpy_helper.to_array(i) for i in again.core.graph.initializer}
@@ -85,9 +85,9 @@ def test_baked_weights_lie_on_the_grid_and_stay_there(network):
             steps = np.abs(w).max(axis=1, keepdims=True) / 127
             assert np.allclose(w / steps, np.rint(w / steps), atol=1e-3)
     # A quantizer that rounds the weights anew changes nothing.
-    seen_again = watch(again)
+    seen_again = open_observations(again)
     seen_again.add(frames, lambda n: None)
-    twice = baked(again, seen_again, ranges, correct_bias=False)
+    twice = bake_weights(again, seen_again, ranges, correct_bias=False)
     assert np.allclose(
         run_graphs([(prepare(twice).core, {})], frames),
         run_graphs([(again.core, {})], frames),
@@ -104,7 +104,7 @@ def test_bias_correction_restores_the_means(seed):
     exact = run_graphs([(parts.core, {})], frames)
     errors = {}
     for corrected in (True, False):
-        made = prepare(baked(parts, seen, ranges, correct_bias=corrected)).core
+        made = prepare(bake_weights(parts, seen, ranges, correct_bias=corrected)).core
         errors[corrected] = np.abs((run_graphs([(made, {})], frames) - exact).mean(axis=0)).max()
     assert errors[True] < 0.7 * errors[False]
 
@@ -118,8 +118,8 @@ def test_bias_correction_helps_on_patches_it_has_not_seen():
         exact = run_graphs([(parts.core, {})], frames)
         both = []
         for corrected in (True, False):
-            made = prepare(baked(parts, seen, ranges, correct_bias=corrected)).core
-            graph = quantized_graph(made, ranges, scheme="per_tensor_histogram")
+            made = prepare(bake_weights(parts, seen, ranges, correct_bias=corrected)).core
+            graph = quantize_graph(made, ranges, scheme="per_tensor_histogram")
             both.append(sqnr(exact, run_graphs([(graph, EXACT)], frames)))
         gains.append(both[0] - both[1])
     assert np.mean(gains) > 1  # dB
@@ -133,7 +133,7 @@ def test_an_ungrouped_layer_without_bias_gets_one():
         {"w": weights(random, 6, 4, 3, 3)},
     )
     parts, seen, _ = watched(model)
-    made = baked(parts, seen, choose(seen, "mse"))
+    made = bake_weights(parts, seen, choose(seen, "mse"))
     (node,) = made.graph.node
     assert len(node.input) == 3
 
@@ -143,7 +143,7 @@ def test_clipping_weights_lowers_their_error():
     ranges = choose(seen, "mse")
 
     def lost(**options):
-        made = prepare(baked(parts, seen, ranges, correct_bias=False, **options)).core
+        made = prepare(bake_weights(parts, seen, ranges, correct_bias=False, **options)).core
         before = {i.name: numpy_helper.to_array(i) for i in parts.core.graph.initializer}
         after = {i.name: numpy_helper.to_array(i) for i in made.graph.initializer}
         return sum(
@@ -170,7 +170,7 @@ def test_somebody_elses_quantizer_gains_from_the_baked_student(tmp_path):
     ranges = choose(seen, "mse")
     exact = run_graphs([(parts.core, {})], frames)
     results = {}
-    for name, model in (("plain", parts.student), ("baked", baked(parts, seen, ranges))):
+    for name, model in (("plain", parts.student), ("baked", bake_weights(parts, seen, ranges))):
         onnx.save(model, tmp_path / f"{name}.onnx")
         quantize_static(
             str(tmp_path / f"{name}.onnx"),
@@ -194,10 +194,12 @@ def test_one_layer_alone_is_int8():
     parts, seen, frames = watched(residual_network(1))
     ranges = choose(seen, "mse")
     exact = run_graphs([(parts.core, {})], frames)
-    whole = quantized_graph(parts.core, ranges, scheme="per_tensor_histogram")
+    whole = quantize_graph(parts.core, ranges, scheme="per_tensor_histogram")
     all_layers = sqnr(exact, run_graphs([(whole, EXACT)], frames))
     for layer in ("c1", "c3", "logits"):
-        graph = quantized_graph(parts.core, ranges, scheme="per_tensor_histogram", only={layer})
+        graph = quantize_graph(
+            parts.core, ranges, scheme="per_tensor_histogram", int8_nodes={layer}
+        )
         kinds = [node.op_type for node in graph.graph.node]
         assert kinds.count("QuantizeLinear") == 2
         alone = sqnr(exact, run_graphs([(graph, EXACT)], frames))
@@ -206,7 +208,7 @@ def test_one_layer_alone_is_int8():
 
 def test_the_hybrid_scheme_gives_depthwise_inputs_a_grid_per_channel():
     parts, seen, frames = watched(residual_network(1))
-    graph = quantized_graph(parts.core, choose(seen, "mse"), scheme="hybrid_per_tensor_per_channel")
+    graph = quantize_graph(parts.core, choose(seen, "mse"), scheme="hybrid_per_tensor_per_channel")
     constants = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
     assert constants["a2/scale"].shape == (24,)
     assert constants["a1/scale"].shape == ()

@@ -11,7 +11,7 @@ from networks import residual_network
 from metis.backend import OBSERVERS
 from metis.quantize.folding import prepare
 from metis.quantize.observers import BINS, Histogram, find_range, min_max, mse, percentile
-from metis.quantize.placement import watch
+from metis.quantize.placement import open_observations
 from metis.quantize.ranges import RangeError, Ranges, choose, grid
 
 RANDOM = np.random.default_rng
@@ -104,7 +104,7 @@ def test_the_percentile_leaves_the_outermost_out():
 
 @pytest.fixture
 def seen():
-    watched = watch(prepare(residual_network(0)))
+    watched = open_observations(prepare(residual_network(0)))
     watched.add(RANDOM(0).normal(0, 1.5, (40, 3, 12, 12)).astype(np.float32), lambda n: None)
     return watched
 

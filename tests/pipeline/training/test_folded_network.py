@@ -24,8 +24,8 @@ from metis.graph.sessions import open_session
 from metis.quantize import grids
 from metis.quantize.folding import prepare
 from metis.quantize.grids import UINT8_SHIFT
-from metis.quantize.placement import watch
-from metis.quantize.qdq import quantized_graph
+from metis.quantize.placement import open_observations
+from metis.quantize.qdq import quantize_graph
 from metis.quantize.ranges import choose
 from pipeline.networks.export import export_network
 from pipeline.run.errors import InputError
@@ -62,7 +62,7 @@ def exported(folder, name, size=32):
 
 
 def chosen(parts, frames):
-    seen = watch(parts)
+    seen = open_observations(parts)
     seen.add(frames, lambda count: None)
     return choose(seen, "mse")
 
@@ -129,7 +129,7 @@ def assert_int8_steps(parts, frames, build=Fed):
     """On the grid, every step of the torch network gives the emulator's codes."""
     assert parts.preamble is None
     ranges = chosen(parts, frames)
-    quantized = quantized_graph(parts.core, ranges, scheme=SCHEME)
+    quantized = quantize_graph(parts.core, ranges, scheme=SCHEME)
     stored = [node for node in quantized.graph.node if node.op_type == "QuantizeLinear"]
     names = [node.output[0] for node in stored]
     session = open_session(show_tensors(quantized, names), options=arithmetic(SCHEME)[1])
@@ -505,7 +505,7 @@ def test_training_on_a_coarse_grid_gains_where_more_training_in_float_does_not(t
 
     def int8_top1(folded):
         parts = prepare(folded.exported())
-        int8 = quantized_graph(parts.core, ranges, scheme=SCHEME)
+        int8 = quantize_graph(parts.core, ranges, scheme=SCHEME)
         made = int8_network(parts, int8, SCHEME)(frames[1024:].numpy())
         return (made.argmax(axis=1) == labels[1024:].numpy()).mean()
 
