@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
@@ -33,16 +33,22 @@ OBSERVERS = {
     "min_max": "metis.quantize.observers:min_max",
 }
 
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """A backend in the table: what is known of it before its module is imported."""
+
+    maker: str  # `module:class`; of a backend with an SDK it is called with `SdkOptions`
+    tools: tuple[str, ...]  # distributions whose version can change what it makes
+    doctor_section: str  # of `kdpipe doctor`, for what it says of itself
+    needs_sdk: bool = False  # it drives an SDK, which may lie in another interpreter than ours
+
+
+#: Every backend by the name that users give it; a new one is a file and a line here.
 BACKENDS = {
-    "emulator": "metis.emulator.backend:Emulator",
-    "voyager": "metis.voyager.backend:Voyager",
+    "emulator": BackendEntry("metis.emulator.backend:Emulator", ("onnxruntime",), "emulator"),
+    "voyager": BackendEntry("metis.voyager.backend:Voyager", ("axelera-devkit",), "sdk", True),
 }
-
-#: Distributions whose version can change what a backend makes.
-_TOOLS = {"emulator": ("onnxruntime",), "voyager": ("axelera-devkit",)}
-
-#: Backends that drive an SDK, which may lie in another interpreter than ours.
-_WITH_SDK = ("voyager",)
 
 
 class BackendError(RuntimeError):
@@ -63,6 +69,7 @@ class SdkOptions:
 
     extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of its configuration
     time_limit_s: float = 14_400.0  # for one piece of work; vendors speak of hours for big models
+    route: str = "api"  # from a student to device code; one of `metis.voyager.routes.ROUTES`
     python: str = ""  # its interpreter; empty: $KDPIPE_SDK_PYTHON, or the one that we run in
 
 
@@ -144,6 +151,7 @@ class Backend(Protocol):
     """Four verbs; everything about an SDK stays behind them."""
 
     name: str
+    emulates: bool  # its int8 arithmetic is the emulator's: the emulator has nothing to add to it
 
     def probe(self) -> Probe:
         """Say which versions are here, or what is missing and how to get it; never raises."""
@@ -176,8 +184,39 @@ class Backend(Protocol):
     def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the int8 model on the host: (N, C, H, W) in, logits (N, classes) out."""
 
-    def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
-        """Lower the int8 model to device code, and prove that it loads where it can be run."""
+    def compile(
+        self,
+        model: QuantizedModel,
+        into: Path,
+        *,
+        aipu_cores: int,
+        samples: Path | None = None,
+        pipeline: Path | None = None,
+    ) -> CompiledModel:
+        """Lower the int8 model to device code, and prove that it loads where it can be run.
+
+        Args:
+            model: of `quantize`.
+            into: folder to write.
+            aipu_cores: also the batch of one call.
+            samples: what calibrated the model, for a route that quantizes again.
+            pipeline: folder of the device pipeline, for a route that starts from its YAML.
+
+        Raises:
+            BackendError: the tool refused; its own words are in the message.
+        """
+
+    def arithmetic(self, scheme: str) -> str:
+        """Who computes the int8 arithmetic of a scheme on this host, for the record."""
+
+    def runtime_python(self) -> str:
+        """The interpreter on this machine that runs compiled models."""
+
+    def runtime_versions(self) -> dict[str, str | None]:
+        """Releases of what runs compiled models here, beyond kdpipe's own packages."""
+
+    def describe(self) -> dict[str, str]:
+        """What there is to know of it on this machine, by name, for `kdpipe doctor`."""
 
 
 def backend_tools(
@@ -187,10 +226,16 @@ def backend_tools(
 
     For a backend with an SDK also their versions in the SDK's interpreter, null where it has none.
     """
-    if name not in _WITH_SDK:
-        return _TOOLS[name]
+    entry = BACKENDS[name]
+    if not entry.needs_sdk:
+        return entry.tools
     versions = open_backend(name, options).probe().versions
-    return {tool: versions.get(tool) for tool in _TOOLS[name]}
+    return {tool: versions.get(tool) for tool in entry.tools}
+
+
+def runtime_versions(name: str, options: SdkOptions | None = None) -> dict[str, str | None]:
+    """See `Backend.runtime_versions`; a backend without an SDK is not imported for it."""
+    return open_backend(name, options).runtime_versions() if BACKENDS[name].needs_sdk else {}
 
 
 def require_backend(name: str, options: SdkOptions | None = None) -> None:
@@ -216,6 +261,6 @@ def open_backend(name: str, options: SdkOptions | None = None) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
-    module, _, attribute = BACKENDS[name].partition(":")
-    maker = getattr(import_module(module), attribute)
-    return cast("Backend", maker(options) if name in _WITH_SDK else maker())
+    entry = BACKENDS[name]
+    maker = resolve_name(entry.maker)
+    return cast("Backend", maker(options) if entry.needs_sdk else maker())

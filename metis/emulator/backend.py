@@ -8,6 +8,7 @@ and is labelled `host-emulation`.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -59,6 +60,7 @@ class Emulator:
     """Quantizes on the grid of Metis; "compiles" by giving the model device tensors."""
 
     name = "emulator"
+    emulates = True
 
     def probe(self) -> Probe:
         """Always here: it needs what kdpipe itself is installed with."""
@@ -129,7 +131,15 @@ class Emulator:
             [*host("preamble.onnx"), on_grid, run, *host("postamble.onnx")], inputs
         )
 
-    def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
+    def compile(
+        self,
+        model: QuantizedModel,
+        into: Path,
+        *,
+        aipu_cores: int,
+        samples: Path | None = None,
+        pipeline: Path | None = None,
+    ) -> CompiledModel:
         """Give the model the tensors of a device: int8, NHWC, padded. See `Backend`."""
         into.mkdir(parents=True)
         inputs, outputs = (
@@ -160,6 +170,26 @@ class Emulator:
         made.save()
         self._check_compiled(model, made)
         return made
+
+    def arithmetic(self, scheme: str) -> str:
+        """How this CPU computes what the chip computes. See `Backend`."""
+        return arithmetic(scheme)[0]
+
+    def runtime_python(self) -> str:
+        """Ours. See `Backend`."""
+        return sys.executable
+
+    def runtime_versions(self) -> dict[str, str | None]:
+        """Nothing beyond onnxruntime, which kdpipe itself needs. See `Backend`."""
+        return {}
+
+    def describe(self) -> dict[str, str]:
+        """Which statements about the chip it follows, and how this CPU runs it. See `Backend`."""
+        return {
+            "arithmetic": self.arithmetic("per_tensor_histogram"),
+            **{f"documented {i}": fact for i, fact in enumerate(FACTS, 1)},
+            **{f"assumed {i}": assumption for i, assumption in enumerate(ASSUMPTIONS, 1)},
+        }
 
     def _check_compiled(self, model: QuantizedModel, compiled: CompiledModel) -> None:
         """One inference through the device tensors must give the logits of the quantized model."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 from metis.backend import SCHEMES, BackendError, CompiledModel, Probe, QuantizedModel, SdkOptions
 from metis.voyager.artifacts import Artifacts, collect
 from metis.voyager.process import find_interpreter, fresh_folder, work
+from metis.voyager.routes import ROUTES, Order
+from metis.voyager.settings import EXPORT, FLOAT_ONNX, RECORD, settings_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,20 +25,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-#: Share of a chip's memory for each core; more, and four instances don't fit beside each other.
-RESOURCES_PER_CORE = 0.25
-
-#: Name of the model inside the SDK. Names of known networks would select the SDK's own presets.
-MODEL_NAME = "student"
-
-#: In the folder of a quantized model: what the SDK exported, the float ONNX, how it was made.
-EXPORT, FLOAT_ONNX, RECORD = "sdk", "student.onnx", "sdk.json"
-
-
 class Voyager:
     """Drives the SDK that `compile.sdk_python`, $KDPIPE_SDK_PYTHON or this interpreter has."""
 
     name = "voyager"
+    emulates = False
 
     def __init__(self, options: SdkOptions | None = None) -> None:
         self._options = options or SdkOptions()
@@ -104,20 +98,45 @@ class Voyager:
             made: NDArray[np.float32] = np.load(logits)
         return made
 
-    def compile(self, model: QuantizedModel, into: Path, *, aipu_cores: int) -> CompiledModel:
-        """Lower the SDK's quantized model; load and run it where there is a card. See `Backend`."""
+    def compile(
+        self,
+        model: QuantizedModel,
+        into: Path,
+        *,
+        aipu_cores: int,
+        samples: Path | None = None,
+        pipeline: Path | None = None,
+    ) -> CompiledModel:
+        """Lower the model by a route; load and run it where there is a card. See `Backend`."""
+        order = Order(model, aipu_cores, samples, pipeline, self._options.extra)
         with fresh_folder(into.parent) as folder:
-            # The compiler clears its output folder; it must not find the only copy of anything.
-            said = self._work(
-                "compile",
-                folder,
-                quantized=str((model.path / model.entry).absolute()),
-                settings=settings_for(model.scheme, aipu_cores),
-                output_dir="compiled",
-            )
-            return self.adopt(model, folder / "work", into, aipu_cores, said)
+            said = ROUTES[self._options.route](self._work, order, folder)
+            return self._adopt(model, folder / "work", into, aipu_cores, said)
 
-    def adopt(
+    def arithmetic(self, scheme: str) -> str:
+        """See `Backend`."""
+        return "the SDK's"
+
+    def runtime_python(self) -> str:
+        """The SDK's interpreter, if it has the runtime; else ours. See `Backend`."""
+        interpreter = find_interpreter(self._options.python)
+        return interpreter.python if "axelera-rt" in interpreter.versions else sys.executable
+
+    def runtime_versions(self) -> dict[str, str | None]:
+        """Release of the runtime, which a box without the devkit may have. See `Backend`."""
+        versions = find_interpreter(self._options.python).versions
+        return {"axelera-rt": versions.get("axelera-rt")}
+
+    def describe(self) -> dict[str, str]:
+        """Where the SDK was looked for, and whether its compiler will find its helper program."""
+        interpreter = find_interpreter(self._options.python)
+        helper = "found" if interpreter.axkernelcc else "not found; compiling needs it"
+        return {
+            "interpreter": interpreter.python,
+            "axkernelcc": helper if interpreter.versions else "not looked for",
+        }
+
+    def _adopt(
         self, model: QuantizedModel, work_folder: Path, into: Path, cores: int, said: dict[str, Any]
     ) -> CompiledModel:
         """Make a compiled model of what a compiler left in its working folder, and prove it.
@@ -174,19 +193,6 @@ class Voyager:
             python=self._options.python,
             progress=progress,
         )
-
-
-def settings_for(scheme: str, cores: int) -> dict[str, Any]:
-    """What is never left to the SDK's defaults, on which its own pages disagree."""
-    return {
-        "model_name": MODEL_NAME,
-        "scheme": scheme,
-        "cores": cores,
-        "resources": RESOURCES_PER_CORE * cores,
-        # Relative: from an absolute one, release 1.7 was seen to make models that don't load.
-        "output_dir": "compiled",
-        "axm": cores == 1,  # an archive is for one core (SDK 1.7, Pipeline Builder)
-    }
 
 
 def _check(found: Artifacts, into: Path, cores: int) -> None:

@@ -88,14 +88,6 @@ def find_interpreter(named: str = "") -> Interpreter:
     return _examine(str(Path(python).absolute()), os.environ.get("PYTHONPATH", ""))
 
 
-def python_with_runtime(runtime: str, named: str = "") -> str:
-    """The interpreter that runs models of a runtime: the SDK's for "axelera", if it has one."""
-    found = find_interpreter(named)
-    if runtime == "axelera" and "axelera-rt" in found.versions:
-        return found.python
-    return sys.executable
-
-
 @cache
 def _examine(python: str, python_path: str) -> Interpreter:
     """Ask an interpreter what it has; it is asked once, for `kdpipe status` asks often."""

@@ -1,20 +1,36 @@
-"""Other ways to the same artifacts: the SDK's command line, and its deploy script with our YAML.
+"""Ways through the SDK to device code: its Python, its command line, its script deploy.py.
 
-Both quantize again, from the float ONNX and the calibration set or its images.
+The last two quantize again, from the float ONNX and the calibration set or its images.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from metis.backend import BackendError
-from metis.voyager.backend import FLOAT_ONNX, Voyager, settings_for
-from metis.voyager.process import fresh_folder, work
+from metis.voyager.settings import FLOAT_ONNX, settings_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from metis.backend import CompiledModel, QuantizedModel, SdkOptions
+    from metis.backend import QuantizedModel
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a route compiles, and from what."""
+
+    model: QuantizedModel  # of `Voyager.quantize`; its folder has the float ONNX
+    aipu_cores: int  # also the batch of one call
+    samples: Path | None  # .npy, float32, (N, 1, C, H, W): the calibration set
+    pipeline: Path | None  # folder with the YAML, the student and its images
+    extra: Mapping[str, Any]  # what the user adds to the SDK's configuration
+
+
+#: One piece of work in the SDK's interpreter: its verb, its folder, what it needs -> what came.
+Work = Callable[..., dict[str, Any]]
 
 
 #: What `axcompile --transform` runs. Images can't hold a student's bands, so each image holds the
@@ -42,43 +58,49 @@ def get_preprocess_transform(image):
 _SIDE = 8
 
 
-def compile_with_axcompile(
-    options: SdkOptions, model: QuantizedModel, samples: Path, into: Path, *, aipu_cores: int
-) -> CompiledModel:
-    """Compile with `axcompile` what `model` was quantized from.
+def compile_with_api(work: Work, order: Order, folder: Path) -> dict[str, Any]:
+    """Compile the SDK's quantized model.
 
     Args:
-        options: for the SDK.
-        model: of `Voyager.quantize`; its folder has the float ONNX.
-        samples: .npy, float32, (N, 1, C, H, W): the calibration set.
-        into: folder to write.
-        aipu_cores: also the batch of one call.
+        work: see `Work`.
+        order: what to compile.
+        folder: to be made; the compiler's output lies in its subfolder `work`.
+
+    Raises:
+        BackendError: the SDK refused.
+    """
+    # The compiler clears its output folder; it must not find the only copy of anything.
+    return work(
+        "compile",
+        folder,
+        quantized=str((order.model.path / order.model.entry).absolute()),
+        settings=settings_for(order.model.scheme, order.aipu_cores),
+        output_dir="compiled",
+    )
+
+
+def compile_with_axcompile(work: Work, order: Order, folder: Path) -> dict[str, Any]:
+    """Compile with `axcompile` what the model was quantized from. See `compile_with_api`.
 
     Raises:
         BackendError: the SDK refused, or ran with random data.
     """
     import numpy as np
 
-    stored = np.load(samples, mmap_mode="r")
-    with fresh_folder(into.parent) as folder:
-        images, transform = folder / "images", folder / "transform.py"
-        _write_numbers(images, len(stored))
-        transform.write_text(_TRANSFORM.format(samples=str(samples.absolute())))
-        said = work(
-            "axcompile",
-            {
-                "extra": dict(options.extra),
-                "settings": settings_for(model.scheme, aipu_cores),
-                "student": str((model.path / FLOAT_ONNX).absolute()),
-                "images": str(images.absolute()),
-                "transform": f"{transform.absolute()}:get_preprocess_transform",
-                "input_shape": ",".join(map(str, stored.shape[1:])),
-            },
-            folder,
-            time_limit_s=options.time_limit_s,
-            python=options.python,
-        )
-        return Voyager(options).adopt(model, folder / "work", into, aipu_cores, said)
+    assert order.samples is not None
+    stored = np.load(order.samples, mmap_mode="r")
+    images, transform = folder / "images", folder / "transform.py"
+    _write_numbers(images, len(stored))
+    transform.write_text(_TRANSFORM.format(samples=str(order.samples.absolute())))
+    return work(
+        "axcompile",
+        folder,
+        settings=settings_for(order.model.scheme, order.aipu_cores),
+        student=str((order.model.path / FLOAT_ONNX).absolute()),
+        images=str(images.absolute()),
+        transform=f"{transform.absolute()}:get_preprocess_transform",
+        input_shape=",".join(map(str, stored.shape[1:])),
+    )
 
 
 def _write_numbers(folder: Path, count: int) -> None:
@@ -93,37 +115,31 @@ def _write_numbers(folder: Path, count: int) -> None:
     )
 
 
-def compile_with_deploy(
-    options: SdkOptions, model: QuantizedModel, pipeline: Path, into: Path, *, aipu_cores: int
-) -> CompiledModel:
-    """Compile with deploy.py the student that a pipeline YAML describes.
-
-    Args:
-        options: for the SDK.
-        model: the same student, quantized.
-        pipeline: folder with the YAML, the student and its images.
-        into: folder to write.
-        aipu_cores: also the batch of one call.
+def compile_with_deploy(work: Work, order: Order, folder: Path) -> dict[str, Any]:
+    """Compile with deploy.py the student that a pipeline YAML describes. See `compile_with_api`.
 
     Raises:
         BackendError: there is no YAML, or the SDK refused.
     """
-    found = sorted(pipeline.glob("*.yaml"))
-    if not found:
+    assert order.pipeline is not None
+    files = sorted(order.pipeline.glob("*.yaml"))
+    if not files:
         raise BackendError("compile.route: deploy needs a pipeline YAML, and this student has none")
-    if options.extra:
+    if order.extra:
         raise BackendError("compile.extra does not reach deploy.py; use compile.route: api")
-    with fresh_folder(into.parent) as folder:
-        said = work(
-            "deploy",
-            {
-                "yaml": str(found[0].absolute()),
-                "data_root": str(pipeline.absolute()),
-                "samples": len(list(pipeline.glob("*/calibration/*.png"))),
-                "cores": aipu_cores,
-            },
-            folder,
-            time_limit_s=options.time_limit_s,
-            python=options.python,
-        )
-        return Voyager(options).adopt(model, folder / "work", into, aipu_cores, said)
+    return work(
+        "deploy",
+        folder,
+        yaml=str(files[0].absolute()),
+        data_root=str(order.pipeline.absolute()),
+        samples=len(list(order.pipeline.glob("*/calibration/*.png"))),
+        cores=order.aipu_cores,
+    )
+
+
+#: By the names that `compile.route` gives them.
+ROUTES: dict[str, Callable[[Work, Order, Path], dict[str, Any]]] = {
+    "api": compile_with_api,
+    "axcompile": compile_with_axcompile,
+    "deploy": compile_with_deploy,
+}

@@ -10,7 +10,6 @@ import onnx
 from msgspec.structs import asdict, replace
 
 from metis.backend import SCHEMES, open_backend
-from metis.emulator.kernels import arithmetic
 from pipeline.calibration.int8_loss import compare_int8
 from pipeline.calibration.recipe import ObservedStudent, QuantizationRecipe, emulate_int8
 from pipeline.calibration.samples import choose_samples, write_samples
@@ -136,12 +135,12 @@ def _quantize(
         list(SCHEMES) if params.try_schemes else [params.scheme],
         job.outputs.quantized_model,
     )
-    if backend.name == "emulator":
-        return _Int8(model, comparison, schemes, arithmetic(model.scheme)[0], None)
+    if backend.emulates:
+        return _Int8(model, comparison, schemes, backend.arithmetic(model.scheme), None)
     observed.ranges(recipe.under(model.scheme)).save(job.outputs.ranges)
     with emulate_int8(job.outputs.baked_student, job.outputs.ranges, model.scheme) as emulation:
         emulator = compare_int8(student, emulation, data, data.val)
-    return _Int8(model, comparison, schemes, "the SDK's", emulator)
+    return _Int8(model, comparison, schemes, backend.arithmetic(model.scheme), emulator)
 
 
 def _worst_layers(

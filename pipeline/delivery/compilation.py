@@ -11,8 +11,7 @@ import onnx
 from metis.backend import CompiledModel, QuantizedModel, open_backend
 from metis.estimate.cost_model import Settings
 from metis.estimate.estimator import estimate
-from metis.voyager.backend import RECORD
-from metis.voyager.routes import compile_with_axcompile, compile_with_deploy
+from metis.voyager.settings import RECORD
 from pipeline.facts import EstimateFacts
 
 if TYPE_CHECKING:
@@ -23,20 +22,18 @@ if TYPE_CHECKING:
 
 
 def lower_model(job: Job, params: CompileParams, model: QuantizedModel) -> CompiledModel:
-    """Compile through the backend, or by one of the SDK's other ways.
+    """Compile through the backend.
 
     Raises:
         BackendError: the backend, or a tool of the SDK, refuses the model.
     """
-    options = params.sdk
-    target, cores = job.outputs.compiled_model, params.aipu_cores
-    if params.backend == "emulator" or params.route == "api":
-        return open_backend(params.backend, options).compile(model, target, aipu_cores=cores)
-    if params.route == "axcompile":
-        samples = job.inputs.calibration_set / "samples.npy"
-        return compile_with_axcompile(options, model, samples, target, aipu_cores=cores)
-    pipeline = job.outputs.device_pipeline
-    return compile_with_deploy(options, model, pipeline, target, aipu_cores=cores)
+    return open_backend(params.backend, params.sdk).compile(
+        model,
+        job.outputs.compiled_model,
+        aipu_cores=params.aipu_cores,
+        samples=job.inputs.calibration_set / "samples.npy",
+        pipeline=job.outputs.device_pipeline,
+    )
 
 
 def sdk_record(compiled: CompiledModel) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from metis.backend import BACKENDS, open_backend
-from metis.voyager.process import find_interpreter, python_with_runtime
+from metis.voyager.process import find_interpreter
 from pipeline.delivery.device_run import deploy_folder
 from pipeline.run.environment import DISTRIBUTIONS, describe_environment, installed_version
 
@@ -51,9 +51,8 @@ def examine_machine() -> dict[str, dict[str, Any]]:
         "machine": environment,
         "packages": {name: installed_version(name) or "not installed" for name in DISTRIBUTIONS},
         "backends": {name: _probe(name) for name in BACKENDS},
-        "sdk": _sdk(),
+        **{entry.doctor_section: _describe(name) for name, entry in BACKENDS.items()},
         "devices": _devices(),
-        "emulator": _emulator(),
     }
 
 
@@ -67,28 +66,11 @@ def _probe(name: str) -> str:
     return "available: " + ", ".join(f"{n} {v}" for n, v in probe.versions.items())
 
 
-def _sdk() -> dict[str, str]:
-    """Where the SDK was looked for, and whether its compiler will find its helper program."""
-    interpreter = find_interpreter()
-    helper = "found" if interpreter.axkernelcc else "not found; compiling needs it"
-    return {
-        "interpreter": interpreter.python,
-        "axkernelcc": helper if interpreter.versions else "not looked for",
-    }
-
-
-def _emulator() -> dict[str, str]:
-    """Which statements about the chip the emulator follows, and how this CPU runs it."""
+def _describe(name: str) -> dict[str, str]:
     try:
-        from metis.emulator.backend import ASSUMPTIONS, FACTS
-        from metis.emulator.kernels import arithmetic
+        return open_backend(name).describe()
     except ImportError as error:
-        return {"arithmetic": f"not available: {error}"}
-    return {
-        "arithmetic": arithmetic("per_tensor_histogram")[0],
-        **{f"documented {i}": words for i, words in enumerate(FACTS, 1)},
-        **{f"assumed {i}": words for i, words in enumerate(ASSUMPTIONS, 1)},
-    }
+        return {name: f"not available: {error}"}
 
 
 def _devices() -> dict[str, str]:
@@ -104,9 +86,10 @@ def _devices() -> dict[str, str]:
 
 def _list_devices() -> dict[str, str]:
     """Firmware, driver, link and heat of every device, from the interpreter with the runtime."""
-    if "axelera-rt" not in find_interpreter().versions:
+    interpreter = find_interpreter()
+    if "axelera-rt" not in interpreter.versions:
         return {"axelera.runtime": "not installed, so firmware, driver and link are not read"}
-    command = [python_with_runtime("axelera"), "-B", str(deploy_folder() / "kdbench_machine.py")]
+    command = [interpreter.python, "-B", str(deploy_folder() / "kdbench_machine.py")]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         devices = _parse_devices(result.stdout) if result.returncode == 0 else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta
 
 from metis.backend import SdkOptions
+from pipeline.params.compile import BackendName
 from pipeline.run.parameters import PROGRAM, UNKEYED, Params, same_as
 
 #: Artifacts that a bundle is made of.
@@ -56,9 +57,7 @@ class BenchmarkParams(Params, frozen=True):
     ssh_options: Annotated[tuple[str, ...], UNKEYED] = ()  # words for ssh before the host
     remote_python: Annotated[str, UNKEYED] = "python3"  # with numpy and the runtime, on that host
     time_limit: Annotated[float, Meta(gt=0), UNKEYED] = 14_400.0  # seconds, in all
-    backend: Annotated[
-        Literal["emulator", "voyager"] | None, same_as("compile.backend"), UNKEYED
-    ] = None
+    backend: Annotated[BackendName | None, same_as("compile.backend"), UNKEYED] = None
     sdk_python: Annotated[str | None, same_as("compile.sdk_python"), PROGRAM] = None
     golden_samples: Annotated[int, Meta(ge=1)] = 32  # validation patches that prove the bundle
     max_png_levels: Annotated[float, Meta(ge=0), UNKEYED] = 1.0  # grey levels, when bilinear

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from metis.backend import OBSERVERS, SCHEMES, SdkOptions
+from pipeline.params.compile import BackendName
 from pipeline.run.parameters import PATH, PROGRAM, UNKEYED, Params, one_of, same_as
 
 Observer = Annotated[str, one_of(OBSERVERS)]
@@ -24,7 +25,7 @@ class CalibrateParams(Params, frozen=True):
     equalization: bool = False  # move scale between layers first
     weight_clipping: bool = False  # cut weights where that rounds better
     sensitivity: Annotated[int, Meta(ge=0)] = 64  # validation patches for it; 0: leave it out
-    backend: Annotated[Literal["emulator", "voyager"] | None, same_as("compile.backend")] = None
+    backend: Annotated[BackendName | None, same_as("compile.backend")] = None
     try_schemes: Annotated[Literal["all"] | None, same_as("compile.try_schemes")] = None
     extra: Annotated[dict[str, Any] | None, same_as("compile.extra")] = None
     time_limit: Annotated[float | None, same_as("compile.time_limit"), UNKEYED] = None
@@ -35,4 +36,4 @@ class CalibrateParams(Params, frozen=True):
     def sdk(self) -> SdkOptions:
         """What is asked of the SDK."""
         limit = self.time_limit or SdkOptions.time_limit_s
-        return SdkOptions(self.extra or {}, limit, self.sdk_python or "")
+        return SdkOptions(self.extra or {}, limit, python=self.sdk_python or "")

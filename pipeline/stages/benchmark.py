@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from metis.backend import CompiledModel
-from metis.voyager.process import find_interpreter, python_with_runtime
+from metis.backend import CompiledModel, open_backend, runtime_versions
 from pipeline.delivery.device_run import RemoteHost, run_local, run_remote
 from pipeline.facts import BenchmarkFacts, LatencyFacts, PngLeg, YamlLeg
 from pipeline.params.benchmark import BUNDLED, BenchmarkParams
@@ -55,8 +54,8 @@ def start_kdbench(job: Job, params: BenchmarkParams, samples: Path) -> str:
     if params.host:
         remote = RemoteHost(params.host, params.ssh_options, params.remote_python)
         return run_remote(remote, bundle, params.kdbench_arguments, samples, limit)
-    runtime = CompiledModel.load(job.inputs.compiled_model).runtime
-    python = python_with_runtime(runtime, params.sdk.python)
+    backend = open_backend(CompiledModel.load(job.inputs.compiled_model).backend, params.sdk)
+    python = backend.runtime_python()
     return run_local(bundle, params.kdbench_arguments, samples, limit, python)
 
 
@@ -82,9 +81,7 @@ def gates(params: BenchmarkParams, facts: BenchmarkFacts) -> list[Gate]:
 def tools(params: BenchmarkParams) -> dict[str, str | None]:
     """What computes and measures here; a runtime on another host is only known by measuring."""
     versions = {"onnxruntime": installed_version("onnxruntime")}
-    if params.backend == "voyager" and not params.host:
-        versions["axelera-rt"] = find_interpreter(params.sdk.python).versions.get("axelera-rt")
-    return versions
+    return versions if params.host else versions | runtime_versions(str(params.backend), params.sdk)
 
 
 STAGE = Stage(

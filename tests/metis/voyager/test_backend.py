@@ -19,7 +19,6 @@ from stand_in_sdk import install_stand_in, packages_of, release
 from metis.backend import BackendError, BackendMissingError, SdkOptions
 from metis.voyager.backend import Voyager
 from metis.voyager.process import find_interpreter
-from metis.voyager.routes import compile_with_axcompile, compile_with_deploy
 
 SCHEME = "per_tensor_min_max"
 
@@ -77,6 +76,12 @@ def given(tmp_path):
 
 def quantized(given, tmp_path, options=None):
     return Voyager(options).quantize(*given, tmp_path / "int8", scheme=SCHEME)
+
+
+def compiled(model, into, route, *, samples=None, pipeline=None, **extra):
+    """The model, compiled by a route."""
+    backend = Voyager(SdkOptions(extra=extra, route=route))
+    return backend.compile(model, into, aipu_cores=1, samples=samples, pipeline=pipeline)
 
 
 def record(folder):
@@ -250,8 +255,7 @@ def test_axcompile_calibrates_with_the_same_tensors_and_gives_the_same_model(
     api = Voyager().compile(model, tmp_path / "api", aipu_cores=1)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    options = SdkOptions(extra={"tiling_depth": 6})
-    made = compile_with_axcompile(options, model, given[1], tmp_path / "cli", aipu_cores=1)
+    made = compiled(model, tmp_path / "cli", "axcompile", samples=given[1], tiling_depth=6)
     assert (made.inputs, made.outputs) == (api.inputs, api.outputs)
     for name in ("core.onnx", "manifest.json"):
         assert (made.path / "model" / name).read_bytes() == (api.path / "model" / name).read_bytes()
@@ -264,7 +268,7 @@ def test_axcompile_with_random_data_is_refused(use_sdk, given, tmp_path, monkeyp
     model = quantized(given, tmp_path)
     monkeypatch.setenv("FAKE_RANDOM", "1")
     with pytest.raises(BackendError, match="did not ask for a calibration sample"):
-        compile_with_axcompile(SdkOptions(), model, given[1], tmp_path / "cli", aipu_cores=1)
+        compiled(model, tmp_path / "cli", "axcompile", samples=given[1])
 
 
 def test_axcompile_that_fails_says_its_status_and_its_words(use_sdk, given, tmp_path, monkeypatch):
@@ -272,7 +276,7 @@ def test_axcompile_that_fails_says_its_status_and_its_words(use_sdk, given, tmp_
     model = quantized(given, tmp_path)
     monkeypatch.setenv("FAKE_FAIL", "compile")
     with pytest.raises(BackendError, match=r"failed at axcompile: RuntimeError: LOWER_TIR_ERROR: "):
-        compile_with_axcompile(SdkOptions(), model, given[1], tmp_path / "cli", aipu_cores=1)
+        compiled(model, tmp_path / "cli", "axcompile", samples=given[1])
 
 
 def test_a_route_whose_program_is_missing_counts_as_not_installed(
@@ -282,11 +286,11 @@ def test_a_route_whose_program_is_missing_counts_as_not_installed(
     model = quantized(given, tmp_path)
     (python.parent / "axcompile").unlink()
     with pytest.raises(BackendMissingError, match="axcompile is not here"):
-        compile_with_axcompile(SdkOptions(), model, given[1], tmp_path / "cli", aipu_cores=1)
+        compiled(model, tmp_path / "cli", "axcompile", samples=given[1])
     monkeypatch.delenv("AXELERA_FRAMEWORK", raising=False)
     (tmp_path / "some.yaml").write_text("")
     with pytest.raises(BackendMissingError, match=r"deploy\.py is not here"):
-        compile_with_deploy(SdkOptions(), model, tmp_path, tmp_path / "x", aipu_cores=1)
+        compiled(model, tmp_path / "x", "deploy", pipeline=tmp_path)
 
 
 FAILURES = {
