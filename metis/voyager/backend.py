@@ -85,6 +85,8 @@ class Voyager:
         """Run the SDK's quantized model on this machine's CPU. See `Backend`."""
         import numpy as np
 
+        from preprocessing.scores import without_positions
+
         with fresh_folder() as folder:
             tensors, logits = folder / "inputs.npy", folder / "logits.npy"
             np.save(tensors, np.ascontiguousarray(inputs, np.float32))
@@ -95,8 +97,7 @@ class Voyager:
                 inputs=str(tensors.absolute()),
                 outputs=str(logits.absolute()),
             )
-            made: NDArray[np.float32] = np.load(logits)
-        return made
+            return without_positions(np.load(logits))
 
     def compile(
         self,

@@ -206,7 +206,7 @@ def infer(request: dict[str, Any]) -> dict[str, Any]:
             sample = np.array(inputs[i : i + 1], np.float32)
             if took == "numpy":
                 try:
-                    rows.append(_as_row(model(sample)))
+                    rows.append(_sample_logits(model(sample)))
                     continue
                 except (TypeError, AttributeError):
                     if i:
@@ -214,25 +214,29 @@ def infer(request: dict[str, Any]) -> dict[str, Any]:
                     took = "torch"  # one page of the documentation shows arrays, another tensors
             import torch
 
-            rows.append(_as_row(model(torch.from_numpy(sample))))
+            rows.append(_sample_logits(model(torch.from_numpy(sample))))
         np.save(request["outputs"], np.stack(rows))
     return {"took": took}
 
 
-def _as_row(made: Any) -> NDArray[np.float32]:  # noqa: ANN401 - array, tensor, or one of them in a list
-    """Logits of one sample, float32 (classes,)."""
+def _sample_logits(output: Any) -> NDArray[np.float32]:  # noqa: ANN401 - array or tensor, or a list
+    """Logits of one sample, float32 (classes, ...): without the batch of 1, where there is one."""
     import numpy as np
 
-    if isinstance(made, list | tuple):
-        if len(made) != 1:
-            raise ValueError(f"the quantized model gives {len(made)} outputs; a classifier has one")
-        made = made[0]
-    if hasattr(made, "detach"):
-        made = made.detach().cpu().numpy()
-    row = np.asarray(made, np.float32).reshape(-1)
-    if not np.isfinite(row).all():
+    if isinstance(output, list | tuple):
+        if len(output) != 1:
+            raise ValueError(f"the quantized model gives {len(output)} outputs, not logits alone")
+        output = output[0]
+    if hasattr(output, "detach"):
+        output = output.detach().cpu().numpy()
+    logits = np.asarray(output, np.float32)
+    if logits.ndim > 1:
+        if len(logits) != 1:
+            raise ValueError(f"the quantized model gives {logits.shape} for a batch of 1")
+        logits = logits[0]
+    if not np.isfinite(logits).all():
         raise ValueError("the quantized model gives NaN or infinity")
-    return row
+    return logits
 
 
 def compile_model(request: dict[str, Any]) -> dict[str, Any]:

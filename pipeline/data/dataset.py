@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.params.sources import UNLABELED
 from pipeline.tasks.task import DEFAULT_TASK, open_task
 from preprocessing.apply import student_tensor
 from preprocessing.contract import load_contract
@@ -168,8 +167,3 @@ class StudentData:
             for name, network in networks.items():
                 comparisons[name].add(exact, network(tensors), split.labels[rows])
         return comparisons
-
-
-def class_histogram(labels: NDArray[np.int64], classes: int) -> list[int]:
-    """How many patches each class has; unlabeled ones have none."""
-    return [int(n) for n in np.bincount(labels[labels != UNLABELED], minlength=classes)]

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.data.source import open_source
 from pipeline.params.sources import UNLABELED
 from pipeline.run.errors import InputError
+from pipeline.tasks.task import DEFAULT_TASK, open_task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.source import PatchSource
     from pipeline.params.sources import DataParams, SplitParams
+    from pipeline.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ class Split:
 
 
 def open_splits(
-    data: DataParams, files: Mapping[str, Path], classes: Sequence[str], seed: int
+    data: DataParams,
+    files: Mapping[str, Path],
+    classes: Sequence[str],
+    seed: int,
+    task: Task | None = None,
 ) -> dict[str, Split]:
     """Open the sources and divide them; every label is checked, no row is in two splits.
 
@@ -58,11 +64,13 @@ def open_splits(
         files: paths by the names that `ingest` gives its sources: data.train, data.train.labels ...
         classes: names; labels must be indices into them.
         seed: of the random choice for splits given as a fraction.
+        task: what a label is; None: the default.
 
     Raises:
         InputError: a source is not as described, a label is out of range, a split is empty, lacks
             a class in training, or shares rows with another.
     """
+    task = task or open_task(DEFAULT_TASK)
     given = data.splits
     opened: dict[Path, PatchSource] = {}
     splits: dict[str, Split] = {}
@@ -75,31 +83,26 @@ def open_splits(
                     data, path, labels, classes if name != "unlabeled" else ()
                 )
             if name != "unlabeled":
-                _check_labels(opened[path], name, len(classes))
+                _check_labels(opened[path], name, len(classes), task)
             rows = _rows(name, params, opened[path], files.get(f"data.{name}.indices"))
             splits[name] = Split(name, opened[path], rows)
     for name, params in given.items():
         if params.fraction is not None:
             train = splits["train"]
-            taken, left = _stratified(train.rows, train.labels, params.fraction, seed)
-            splits[name] = Split(name, train.source, taken)
-            splits["train"] = Split("train", train.source, left)
+            drawn = task.stratify(train.labels, params.fraction, seed)
+            splits[name] = Split(name, train.source, train.rows[drawn])
+            splits["train"] = Split("train", train.source, train.rows[~drawn])
     _check_splits(splits, len(classes))
     return {name: splits[name] for name in given}
 
 
-def _check_labels(source: PatchSource, name: str, classes: int) -> None:
+def _check_labels(source: PatchSource, name: str, classes: int, task: Task) -> None:
     if source.labels is None:
         raise InputError(
             f"data.{name}: {source.path.name} has no labels; name their array or file (data.labels)"
         )
-    bad = np.flatnonzero((source.labels < 0) | (source.labels >= classes))
-    if len(bad):
-        raise InputError(
-            f"{source.path.name}: its labels hold {source.labels[bad[0]]} in row {bad[0]} "
-            f"({len(bad)} such rows), but preprocessing.json labels {classes} classes: 0 to "
-            f"{classes - 1}"
-        )
+    if fault := task.target_fault(source.labels, classes):
+        raise InputError(f"{source.path.name}: {fault}")
 
 
 def _rows(
@@ -141,19 +144,6 @@ def _listed_rows(name: str, path: Path, count: int) -> NDArray[np.int64]:
             f"data.{name}.indices: {path.name} names row {rows[occurrences > 1][0]} twice"
         )
     return rows
-
-
-def _stratified(
-    rows: NDArray[np.int64], labels: NDArray[np.int64], fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Take a share of every class at random; at least one row of each stays."""
-    random = np.random.default_rng(seed)
-    taken = np.zeros(len(rows), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        taken[random.permutation(members)[:count]] = True
-    return rows[taken], rows[~taken]
 
 
 def _check_splits(splits: Mapping[str, Split], classes: int) -> None:

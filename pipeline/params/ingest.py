@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from pipeline.params.sources import Bands, DataParams, Rule, TeacherParams, ViewParams
-from pipeline.run.parameters import PATH, Params
+from pipeline.run.parameters import ADDED, PATH, Params, one_of
+from pipeline.tasks.task import DEFAULT_TASK, TASKS
 
 
 class StudentParams(Params, frozen=True):
@@ -33,6 +34,7 @@ class IngestParams(Params, frozen=True):
     data: DataParams
     teachers: Annotated[tuple[TeacherParams, ...], Meta(min_length=1)]
     student: StudentParams
+    task: Annotated[str, one_of(TASKS), ADDED] = DEFAULT_TASK  # what a label is and what a score is
     contract: Annotated[str, PATH] = "preprocessing.json"
     labels: Annotated[str | None, PATH] = (
         None  # text, one class per line; must equal the contract's

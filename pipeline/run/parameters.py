@@ -22,6 +22,10 @@ PATH = Meta(extra={"path": True})
 #: Marks a parameter that does not change what the stage makes, such as a gate's limit.
 UNKEYED = Meta(extra={"unkeyed": True})
 
+#: Marks a parameter that a later release added: left at its default it is not keyed, so that what
+#: was made before it stays fresh.
+ADDED = Meta(extra={"added": True})
+
 
 #: Marks the path of a program; not keyed, for its version says what changed, not where it lies.
 PROGRAM = Meta(extra={"program": True, "unkeyed": True})
@@ -52,10 +56,12 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def keyed(self) -> dict[str, Any]:
         """What decides what a stage makes, as a JSON tree: no file names, no limits."""
+        defaults = {field.name: field.default for field in msgspec.structs.fields(type(self))}
         return {
             name: _tree(getattr(self, name))
             for name, note in marks(type(self)).items()
             if not note.keys() & {"path", "unkeyed"}
+            and not ("added" in note and getattr(self, name) == defaults[name])
         }
 
 

@@ -24,6 +24,7 @@ class Classification:
     name = "classification"
     score = Top1.name
     title = Top1.title
+    monitor = f"val_{Top1.name}"
 
     def output_fault(self, shape: Sequence[int], classes: int, size_hw: tuple[int, int]) -> str:
         """A value per class is needed, and no positions."""

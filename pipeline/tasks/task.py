@@ -42,6 +42,7 @@ class Task(Protocol):
     name: str  # in kdpipe.yaml, and in `preprocessing.scores.METRICS`
     score: str  # name of the measure of how good a network is
     title: str  # of that measure, for people
+    monitor: str  # its name in the history of a training
 
     def output_fault(self, shape: Sequence[int], classes: int, size_hw: tuple[int, int]) -> str:
         """What is wrong with the shape of a network's logits, or nothing.

@@ -22,12 +22,15 @@ SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 
 
 def gives_probabilities(outputs: NDArray[np.float32]) -> bool:
-    """Whether rows look like the output of a softmax: none below 0, each sums to 1 within 1e-3."""
-    return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=-1), 1, atol=1e-3))
+    """Whether outputs (N, classes, ...) look like those of a softmax.
+
+    None is below 0, and those of a position sum to 1 within 1e-3.
+    """
+    return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=1e-3))
 
 
 def to_logits(outputs: NDArray[np.float32], probabilities: bool) -> NDArray[np.float32]:
-    """Outputs (..., classes) as logits.
+    """Outputs (N, classes, ...) as logits.
 
     The logarithm of softmax(z) is z minus one number per row, and softmax(z / T) does not change
     when such a number is taken off: for every temperature it is as good as z.
@@ -46,19 +49,19 @@ def combine(
     """One set of logits from those of several teachers.
 
     Args:
-        members: logits, each (..., classes).
+        members: logits, each (N, classes, ...).
         weights: of the members; they are divided by their sum.
         rule: the weighted mean of logits, or the logarithm of the weighted mean of probabilities.
         temperatures: each member's logits are divided by its own first; None: by 1.
 
     Returns:
-        float32, (..., classes).
+        float32, (N, classes, ...).
     """
     total = sum(weights)
     mean = np.zeros_like(members[0], dtype=np.float64)
     for i, (logits, weight) in enumerate(zip(members, weights, strict=True)):
         scaled = logits.astype(np.float64) / (temperatures[i] if temperatures else 1.0)
-        mean += (weight / total) * (scaled if rule == "mean_logits" else softmax(scaled, axis=-1))
+        mean += (weight / total) * (scaled if rule == "mean_logits" else softmax(scaled, axis=1))
     if rule == "mean_probabilities":
         mean = np.log(np.maximum(mean, SMALLEST_PROBABILITY))
     return mean.astype(np.float32)
@@ -79,7 +82,7 @@ def fitted_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -
     rows = np.arange(len(labels))
 
     def loss(log_t: float) -> float:
-        return -float(log_softmax(exact / np.exp(log_t), axis=-1)[rows, labels].mean())
+        return -float(log_softmax(exact / np.exp(log_t), axis=1)[rows, labels].mean())
 
     found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
     return float(np.exp(found.x))
@@ -106,7 +109,7 @@ class Ensemble:
     seed: int  # of the views
 
     def logits(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Logits (..., classes) from the final output of each member, same shape."""
+        """Logits (N, classes, ...) from the final output of each member, same shape."""
         return combine(
             [to_logits(o, m.probabilities) for o, m in zip(outputs, self.members, strict=True)],
             [m.params.weight for m in self.members],

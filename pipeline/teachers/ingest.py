@@ -22,7 +22,6 @@ from pipeline.data.checks import (
     judge_statistics,
     report_leaks,
 )
-from pipeline.data.dataset import class_histogram
 from pipeline.data.encoding import fit_ranges, judge_encoding, make_student_input
 from pipeline.data.image_writer import ImageWriter
 from pipeline.data.source import cached
@@ -30,6 +29,7 @@ from pipeline.data.splits import open_splits
 from pipeline.data.survey import rows_elsewhere, survey
 from pipeline.facts import IngestFacts, SplitFacts, ViewFacts
 from pipeline.run.errors import InputError
+from pipeline.tasks.task import DEFAULT_TASK, open_task
 from pipeline.teachers.ask import needed_views, teach
 from pipeline.teachers.logit_cache import LogitCache, teacher_digest
 from pipeline.teachers.open import open_teachers
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pipeline.data.survey import Survey
     from pipeline.params.ingest import IngestParams
     from pipeline.run.stage import Job
+    from pipeline.tasks.task import Task
     from pipeline.teachers.teacher import Teacher
     from preprocessing.contract import Channels, Contract
     from preprocessing.student_input import StudentInput
@@ -59,6 +60,7 @@ PATIENCE_S = 60.0
 class _Inputs:
     """What ingest takes in, opened and bound to each other."""
 
+    task: Task
     contract: Contract
     splits: dict[str, Split]
     channels: dict[str, Channels]  # by modality: the bands that somebody sees
@@ -119,7 +121,7 @@ def ingest(job: Job, params: IngestParams) -> IngestFacts:
     job.outputs.unfit.write_text(json.dumps(unfit) + "\n")
     described = _describe_splits(inputs, splits, surveys)
     synthetic = sorted({s.source.synthetic for s in splits.values() if s.source.synthetic})
-    _write_documents(job, inputs.contract, student, described, synthetic)
+    _write_documents(job, inputs, student, described, synthetic)
     return IngestFacts(
         synthetic=tuple(synthetic),
         splits=described,
@@ -179,9 +181,9 @@ class _Asker:
 
 
 def _open_inputs(job: Job, params: IngestParams) -> _Inputs:
-    contract = load_contract(job.sources["contract"])
+    contract, task = load_contract(job.sources["contract"]), open_task(params.task)
     check_labels_file(job, contract)
-    splits = open_splits(params.data, job.sources, contract.labels, job.seed)
+    splits = open_splits(params.data, job.sources, contract.labels, job.seed, task)
     train = splits["train"].source
     check_sizes(params, splits["train"])
     check_band_counts(params, splits)
@@ -189,13 +191,14 @@ def _open_inputs(job: Job, params: IngestParams) -> _Inputs:
     def bind(modality: str, bands: tuple[int, ...]) -> Channels:
         return contract.bind(modality, bands, train.shape(modality)[2])
 
-    teachers, threads = _open_teachers(job, params, contract, bind)
+    teachers, threads = _open_teachers(job, params, contract, task, bind)
     bands = bands_by_modality(params.viewers)
     channels = {modality: bind(modality, some) for modality, some in bands.items()}
     digests = {n: params.data.reading(job.digest(s.source.path)) for n, s in splits.items()}
     if params.data.cache:
         splits = _cached(job, splits, bands, digests)
     return _Inputs(
+        task=task,
         contract=contract,
         splits=splits,
         channels=channels,
@@ -210,6 +213,7 @@ def _open_teachers(
     job: Job,
     params: IngestParams,
     contract: Contract,
+    task: Task,
     bind: Callable[[str, tuple[int, ...]], Channels],
 ) -> tuple[list[Teacher], str]:
     """The teachers, and in words how onnxruntime shares the processor among its threads."""
@@ -226,7 +230,7 @@ def _open_teachers(
         sources += list(files)
         channels = bind(teacher_params.modality, teacher_params.bands)
         entries += [(path, teacher_params, channels) for path in files.values()]
-    teachers, threads = open_teachers(entries, contract)
+    teachers, threads = open_teachers(entries, contract, task)
     for source, teacher in zip(sources, teachers, strict=True):
         for file in teacher.files[1:]:
             job.also_read(source, file)
@@ -307,7 +311,7 @@ def _describe_splits(
     return {
         name: SplitFacts(
             patches=len(split),
-            classes=tuple(class_histogram(split.labels, len(inputs.contract.labels))),
+            classes=tuple(inputs.task.class_counts(split.labels, len(inputs.contract.labels))),
             bad_patches_dropped=len(surveys[name].bad),
         )
         for name, split in splits.items()
@@ -316,15 +320,18 @@ def _describe_splits(
 
 def _write_documents(
     job: Job,
-    contract: Contract,
+    inputs: _Inputs,
     student: StudentInput,
     splits: Mapping[str, SplitFacts],
     synthetic: list[str],
 ) -> None:
+    contract = inputs.contract
     shutil.copyfile(job.sources["contract"], job.outputs.contract)
     job.outputs.labels.write_text("".join(f"{label}\n" for label in contract.labels))
     job.outputs.student_input.write_text(student.to_json())
     # Without a word of the test split: nothing that is made may depend on it.
     others = {n: msgspec.to_builtins(split) for n, split in splits.items() if n != "test"}
     summary = {"contract": contract.sha256, "synthetic": synthetic, "splits": others}
+    if inputs.task.name != DEFAULT_TASK:  # artifacts of earlier releases name none
+        summary["task"] = inputs.task.name
     (job.outputs.dataset / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")

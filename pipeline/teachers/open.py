@@ -8,6 +8,7 @@ import numpy as np
 
 from metis.graph.sessions import Threads, fastest_threads
 from pipeline.run.errors import InputError, first_line
+from pipeline.tasks.task import DEFAULT_TASK, open_task
 from pipeline.teachers.onnx_teacher import open_onnx
 from pipeline.teachers.teacher import Teacher
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.params.sources import TeacherParams
+    from pipeline.tasks.task import Task
     from preprocessing.contract import Channels, Contract
 
 
@@ -29,6 +31,7 @@ def open_teacher(
     contract: Contract,
     channels: Channels,
     threads: Threads | None = None,
+    task: Task | None = None,
 ) -> Teacher:
     """Open a teacher and check it against the contract and the data.
 
@@ -38,6 +41,7 @@ def open_teacher(
         contract: classes, layout and size of the input.
         channels: its bands.
         threads: for onnxruntime.
+        task: what an output must be; None: the default.
 
     Raises:
         InputError: unreadable, truncated or unsafe file; not one input; wrong channel count, input
@@ -50,18 +54,21 @@ def open_teacher(
     else:
         assert path is not None, "ingest's own checks"
         teacher = open_onnx(path, params, contract, channels, threads)
-    _check_classes(teacher, contract)
+    _check_output(teacher, contract, task or open_task(DEFAULT_TASK))
     return teacher
 
 
 def open_teachers(
-    files: Iterable[tuple[Path | None, TeacherParams, Channels]], contract: Contract
+    files: Iterable[tuple[Path | None, TeacherParams, Channels]],
+    contract: Contract,
+    task: Task | None = None,
 ) -> tuple[list[Teacher], Threads | None]:
     """Open teachers on as many threads as are fastest for the first of them here and now.
 
     Args:
         files: file, description and bands, as `open_teacher` takes them.
         contract: classes, layout and size of the input.
+        task: what an output must be; None: the default.
 
     Returns:
         The teachers, and the threads of those in onnxruntime, if there are any.
@@ -72,9 +79,9 @@ def open_teachers(
     teachers = []
     threads: Threads | None = None
     for path, params, channels in files:
-        teacher = open_teacher(path, params, contract, channels, threads)
+        teacher = open_teacher(path, params, contract, channels, threads, task)
         if threads is None and (threads := choose_threads(teacher)):
-            teacher = open_teacher(path, params, contract, channels, threads)
+            teacher = open_teacher(path, params, contract, channels, threads, task)
         teachers.append(teacher)
     return teachers, threads
 
@@ -91,16 +98,14 @@ def choose_threads(teacher: Teacher) -> Threads | None:
     return fastest_threads(teacher.files[0], shape, teacher.dtype)
 
 
-def _check_classes(teacher: Teacher, contract: Contract) -> None:
-    """Run one patch of zeros: the output must have a value for every class."""
+def _check_output(teacher: Teacher, contract: Contract, task: Task) -> None:
+    """Run one patch of zeros: the output must be what the task needs."""
     shown = teacher.files[0].name if teacher.files else teacher.name
     height, width = teacher.size_hw
     zeros = np.zeros((1, height, width, len(teacher.bands)), np.float32)
     try:
-        classes = teacher.outputs(zeros)[0].shape[-1]
+        output = teacher.outputs(zeros)[0]
     except Exception as error:  # onnxruntime's exceptions share no narrower base
         raise InputError(f"{shown} fails on a patch: {first_line(error)}") from error
-    if classes != len(contract.labels):
-        raise InputError(
-            f"{shown} has {classes} classes, but preprocessing.json labels {len(contract.labels)}"
-        )
+    if fault := task.output_fault(output.shape, len(contract.labels), teacher.size_hw):
+        raise InputError(f"{shown} {fault}")

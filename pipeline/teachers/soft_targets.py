@@ -142,7 +142,9 @@ class AnswerWriter:
 
     def add(self, part: slice, outputs: Sequence[Sequence[NDArray[np.float32]]]) -> None:
         """Keep the answers to some patches; per member its outputs (views, n, ...)."""
-        logits = self._ensemble.logits([first for first, *_ in outputs])
+        views, n, *rest = outputs[0][0].shape
+        flat = [first.reshape(views * n, *rest) for first, *_ in outputs]
+        logits = self._ensemble.logits(flat).reshape(views, n, *rest)
         arrays = [logits, *(feature for _, *features in outputs for feature in features)]
         if not self._arrays:
             names = ["logits", *(f"feature{i}" for i in range(len(arrays) - 1))]

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.data.prefetch import prefetched
 from preprocessing.apply import teacher_tensor
+from preprocessing.scores import without_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ class Teacher:
             prepare: makes tensors of them in another way than the contract's.
 
         Returns:
-            float32: its final output (N, classes), then every tensor of `params.features`.
+            float32: its final output (N, classes, ...), then every tensor of `params.features`.
         """
         step = self.batch or BATCH
         tensors = prefetched(self._batches(patches, step, prepare or self.prepare))
@@ -81,7 +82,7 @@ class Teacher:
             for tensor, count in tensors
         ]
         first, *features = (np.concatenate(same) for same in zip(*parts, strict=True))
-        return [first.reshape(len(patches), -1), *features]
+        return [without_positions(first), *features]
 
     def _batches(
         self,
@@ -99,5 +100,4 @@ class Teacher:
             yield tensor.astype(self.dtype, copy=False), count
 
     def _run(self, tensor: NDArray[Any]) -> list[NDArray[Any]]:
-        first, *features = self.infer(tensor)
-        return [first.reshape(len(tensor), -1), *features]
+        return self.infer(tensor)

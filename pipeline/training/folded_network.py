@@ -101,7 +101,7 @@ class FoldedNetwork(nn.Module):
         self._steps = self._steps_of(graph)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of float32 tensors (N, C, H, W)."""
+        """Logits (N, classes, ...) of float32 tensors (N, C, H, W)."""
         known = {self._input: self._stored(self._input, x)}
         for step in self._steps:
             inputs = [self._operand(name, known) for name in step.inputs]
@@ -113,7 +113,9 @@ class FoldedNetwork(nn.Module):
                 known[name] = self._stored(name, tensor)
             for name in step.finished:
                 del known[name]
-        return known[self._output].flatten(1)
+        logits = known[self._output]
+        # A network that ends in a single position, such as (N, classes, 1, 1), gives (N, classes).
+        return logits.flatten(1) if logits.shape[2:].numel() == 1 else logits
 
     def exported(self) -> onnx.ModelProto:
         """The folded float graph, batch 1, with the present weights and nothing else changed."""

@@ -160,7 +160,7 @@ def train(job: TrainingJob, progress: Callable[[str, int], tqdm[Any]]) -> Traini
     student = job.network()
     if params.gradient_checkpointing:
         checkpoint_gradients(student, params.student)
-    best, last = _checkpoints(params, folder)
+    best, last = _checkpoints(job, folder)
     checkpoint = _resume_point(folder / "checkpoints")
     with progress(f"train {params.student}", 1) as bar:
         trainer = _trainer(job, [_KeepHistory(folder / "metrics.csv"), best, last, _Bar(bar)])
@@ -199,6 +199,7 @@ def _module(
         params.epochs * -(-len(order) // params.accumulate_batches),
         seed=job.seed,
         taps=taps,
+        task=job.data.task,
         peer=_peer(job),
         class_weights=_class_weights(job, data),
     )
@@ -210,14 +211,14 @@ def _val_batches(job: TrainingJob) -> DataLoader[Batch]:
     return loader(data, InOrder(len(data), job.params.batch_size), job.params.workers)
 
 
-def _checkpoints(params: DistillParams, folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+def _checkpoints(job: TrainingJob, folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
     """The best epochs' weights, and everything of the last epoch."""
     best = ModelCheckpoint(
         dirpath=folder / "checkpoints",
         filename="best-{epoch}",
-        monitor="val_top1",
+        monitor=job.data.task.monitor,
         mode="max",
-        save_top_k=params.keep_checkpoints,
+        save_top_k=job.params.keep_checkpoints,
         save_weights_only=True,
         save_on_train_epoch_end=True,
     )
@@ -237,7 +238,7 @@ def _trainer(job: TrainingJob, callbacks: list[Callback]) -> lightning.Trainer:
     if params.early_stop_patience is not None:
         patience = params.early_stop_patience
         early = _EarlyStopping(
-            "val_top1", mode="max", patience=patience, check_on_train_epoch_end=True
+            job.data.task.monitor, mode="max", patience=patience, check_on_train_epoch_end=True
         )
         callbacks = [*callbacks, early]
     return lightning.Trainer(

@@ -12,14 +12,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.run.errors import StageError
+from pipeline.tasks.task import DEFAULT_TASK, open_task
 from pipeline.training.features import FeatureTaps
-from pipeline.training.losses.hard import hard_loss
+from pipeline.training.losses.hard import hard_loss, label_log_probabilities, mean_loss
 from pipeline.training.losses.softening import loss_function
+from preprocessing.scores import decide
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.params.distill import DistillParams
+    from pipeline.tasks.task import Task
     from pipeline.training.batches import Batch
 
 
@@ -38,6 +41,7 @@ class Distillation(lightning.LightningModule):
         *,
         seed: int,
         taps: FeatureTaps | None = None,
+        task: Task | None = None,
         peer: nn.Module | None = None,
         class_weights: Tensor | None = None,
     ) -> None:
@@ -49,6 +53,7 @@ class Distillation(lightning.LightningModule):
             steps: optimizer steps of the whole training.
             seed: of everything random inside an epoch.
             taps: what to match between student and teachers.
+            task: what a score is; None: the default.
             peer: second student of mutual distillation, of the same classes.
             class_weights: float32, (classes,), of the cross-entropy.
         """
@@ -71,7 +76,9 @@ class Distillation(lightning.LightningModule):
         )
         if self.average is not None:  # else the optimizer and other processes wait for gradients
             self.average.requires_grad_(False)
-        self._validated: list[tuple[Tensor, Tensor]] = []
+        self._task = task or open_task(DEFAULT_TASK)
+        self._metric = self._task.metric()
+        self._label_log_probabilities: list[Tensor] = []  # of validation, block by block
         self._seen: dict[str, list[Tensor]] = {}  # name -> one value per step of this epoch
 
     @property
@@ -154,18 +161,20 @@ class Distillation(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start anew."""
-        self._validated = []
+        self._metric = self._task.metric()
+        self._label_log_probabilities = []
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Keep the logits; they are few."""
-        self._validated.append((self.best(batch.tensor).float().cpu(), batch.labels.cpu()))
+        """Count the decisions, and keep how likely the labels were."""
+        logits, labels = self.best(batch.tensor).float().cpu(), batch.labels.cpu()
+        self._metric.add(decide(logits.numpy()), labels.numpy())
+        self._label_log_probabilities.append(label_log_probabilities(logits, labels))
 
     def on_validation_epoch_end(self) -> None:
-        """Log top-1 and cross-entropy over the whole validation split, and end a row of history."""
-        logits, labels = (torch.cat(same) for same in zip(*self._validated, strict=True))
+        """Log score and cross-entropy of the whole validation split, and end a row of history."""
         values = {
-            "val_top1": float((logits.argmax(dim=1) == labels).float().mean()),
-            "val_loss": float(hard_loss(logits, labels)),
+            self._task.monitor: self._metric.score().value,
+            "val_loss": float(mean_loss(torch.cat(self._label_log_probabilities))),
         }
         # Every process has its own running means; the first one's student is what is kept.
         self.log_dict(self.trainer.strategy.broadcast(values))
@@ -236,10 +245,8 @@ class Distillation(lightning.LightningModule):
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, mode="max", factor=params.lr_gamma, patience=params.lr_patience
             )
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": plateau, "interval": "epoch", "monitor": "val_top1"},
-            }
+            monitored = {"scheduler": plateau, "interval": "epoch", "monitor": self._task.monitor}
+            return {"optimizer": optimizer, "lr_scheduler": monitored}
         per_step = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, self._steps, params)
         )

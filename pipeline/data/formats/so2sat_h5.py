@@ -99,7 +99,7 @@ def _from_one_hot(path: Path, labels: NDArray[Any], name: str) -> NDArray[np.int
             f"{path.name}: {name!r} is not one-hot in {len(bad)} rows, the first is row {bad[0]}: "
             f"{labels[bad[0]].tolist()}"
         )
-    indices: NDArray[np.int64] = labels.argmax(axis=1).astype(np.int64)
+    indices: NDArray[np.int64] = np.nonzero(labels)[1]
     return indices
 
 

@@ -42,7 +42,7 @@ def dkd_loss(
         Zhao, Cui, Song, Qiu, Liang 2022, Decoupled Knowledge Distillation, equation 7.
     """
     student, teacher = soften(student, teacher, temperature, standardize)
-    target = torch.where(labels == UNLABELED, teacher.argmax(dim=1), labels).unsqueeze(1)
+    target = torch.where(labels == UNLABELED, teacher.max(dim=1).indices, labels).unsqueeze(1)
     is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, target, value=True)
     student_target, student_rest = _decouple(student, target, is_target)
     teacher_target, teacher_rest = _decouple(teacher, target, is_target)

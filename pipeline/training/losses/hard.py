@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows it by
 
 from pipeline.params.sources import UNLABELED
@@ -46,3 +47,15 @@ def hard_loss(
         weight = class_weights[labels.clamp(min=0)].where(labeled, 0.0).sum()
     # torch's own mean over nothing is not a number.
     return total / weight.where(weight > 0, 1)
+
+
+def label_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logarithm of what the labels get: logits (N, classes, ...), labels (N, ...), to (N, ...)."""
+    return F.log_softmax(logits, dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def mean_loss(log_probabilities: Tensor) -> Tensor:
+    """`hard_loss` without options, of a split whose blocks gave `label_log_probabilities`."""
+    first = torch.zeros(log_probabilities.shape, dtype=torch.int64)
+    total = F.nll_loss(log_probabilities.unsqueeze(1), first, reduction="sum")
+    return total / log_probabilities.numel()

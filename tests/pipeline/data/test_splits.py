@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.dataset import DatasetSplit, class_histogram
+from pipeline.data.dataset import DatasetSplit
 from pipeline.data.splits import open_splits
 from pipeline.params.sources import DataParams, SplitParams
 from pipeline.run.errors import InputError
@@ -128,7 +128,3 @@ def test_what_is_stored_is_mapped_and_not_read(tmp_path):
     split = DatasetSplit.load(tmp_path)
     assert isinstance(split.images, np.memmap)
     assert split.labels.tolist() == [0, 1, 2]
-
-
-def test_a_histogram_counts_absent_classes_too():
-    assert class_histogram(np.array([0, 2, 2]), 4) == [1, 0, 2, 0]

@@ -3,7 +3,7 @@ from typing import Annotated
 import pytest
 
 from pipeline.run.errors import ExtraMissingError, StageError, require_extra
-from pipeline.run.parameters import PATH, UNKEYED, Params
+from pipeline.run.parameters import ADDED, PATH, UNKEYED, Params
 from pipeline.run.stage import Stage, order_stages
 from pipeline.stages import load_stages, stage_names
 
@@ -13,6 +13,7 @@ class SomeParams(Params, frozen=True):
     file: Annotated[str, PATH] = "x.npz"
     limit: Annotated[float, UNKEYED] = 1.0
     inner: tuple[int, ...] = (1, 2)
+    later: Annotated[str, ADDED] = "as before"
 
 
 def stage(inputs, *outputs):
@@ -47,6 +48,12 @@ def test_an_input_nobody_makes_is_named():
 
 def test_file_names_and_limits_do_not_decide_what_a_stage_makes():
     assert SomeParams(file="other", limit=9.0).keyed() == {"value": 1, "inner": [1, 2]}
+
+
+def test_a_parameter_of_a_later_release_decides_only_where_it_is_not_as_before():
+    keyed = {"value": 1, "inner": [1, 2]}
+    assert SomeParams(later="as before").keyed() == keyed
+    assert SomeParams(later="anew").keyed() == {**keyed, "later": "anew"}
 
 
 def test_a_missing_extra_is_named_with_its_packages():

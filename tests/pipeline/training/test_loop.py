@@ -95,6 +95,7 @@ def job(
             np.eye(3, dtype=np.float32)[found.labels][None].repeat(views, axis=0) * 5
         )
     write_teaching(folder / "teaching", answers, views, teacher_features)
+    (folder / "dataset" / "dataset.json").write_text("{}")
     (folder / "given.json").write_text(replace(GIVEN, size_hw=(size, size)).to_json())
     settings = {
         "student": "test_byobnet",
