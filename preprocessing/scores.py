@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Iterable
 
     from numpy.typing import NDArray
 
@@ -197,7 +197,7 @@ class Comparison:
     def sqnr_db(self) -> float | None:
         """Signal to noise ratio of the logits in dB; None without any noise."""
         assert self._power is not None and self._noise is not None
-        return decibels(self._power.total(), self._noise.total())
+        return decibels(float(self._power.total()), float(self._noise.total()))
 
     def cosines(self) -> NDArray[np.float64]:
         """Per patch the cosine between both networks' logits, (N,)."""
@@ -223,6 +223,22 @@ def cosines(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[n
     return result
 
 
+def mean_and_std(blocks: Callable[[], Iterable[NDArray[np.float32]]]) -> tuple[float, float]:
+    """Mean and standard deviation of all numbers, as numpy computes them of one array.
+
+    Args:
+        blocks: the numbers, some at a time, from the beginning each time that it is called.
+    """
+    size = sum(block.size for block in blocks())
+    total, squares = StreamedSum(size), StreamedSum(size)
+    for block in blocks():
+        total.add(block)
+    mean = np.float32(float(total.total()) / size)
+    for block in blocks():
+        squares.add(np.square(block - mean))
+    return float(mean), float(np.sqrt(np.float32(float(squares.total()) / size)))
+
+
 class StreamedSum:
     """The sum of many numbers that come in blocks, which does not depend on the blocks.
 
@@ -234,12 +250,12 @@ class StreamedSum:
         """Start at nothing; `size` numbers will come."""
         self._halves = _add_halves(size)
         self._needed = next(self._halves)
-        self._pending: list[NDArray[np.float64]] = []
+        self._pending: list[NDArray[np.floating]] = []
         self._count = 0
-        self._total: float | None = None
+        self._total: np.floating | None = None
 
-    def add(self, values: NDArray[np.float64]) -> None:
-        """Take the next numbers, of any shape."""
+    def add(self, values: NDArray[np.floating]) -> None:
+        """Take the next numbers, of any shape; all are of one type, which the sum has too."""
         self._pending.append(values.reshape(-1))
         self._count += values.size
         while self._total is None and self._count >= self._needed:
@@ -251,17 +267,21 @@ class StreamedSum:
             except StopIteration as stop:
                 self._total = stop.value
 
-    def total(self) -> float:
+    def total(self) -> np.floating:
         """The sum; all numbers must have come."""
         assert self._total is not None, "fewer numbers came than were announced"
         return self._total
 
 
-def _add_halves(size: int) -> Generator[int, NDArray[np.float64], float]:
+def _add_halves(size: int) -> Generator[int, NDArray[np.floating], np.floating]:
     """Ask for so many numbers, get them, and again; give the sum of all."""
+    total: np.floating
     if size <= _SUMMED_AT_ONCE:
-        return float((yield size).sum())
+        total = (yield size).sum()
+        return total
     half = size // 2
     half -= half % 8
     first = yield from _add_halves(half)
-    return first + (yield from _add_halves(size - half))
+    second = yield from _add_halves(size - half)
+    total = first + second
+    return total

@@ -10,6 +10,11 @@ from pipeline.params.sources import Bands, DataParams, Rule, TeacherParams, View
 from pipeline.run.parameters import ADDED, PATH, Params, one_of
 from pipeline.tasks.task import DEFAULT_TASK, TASKS
 
+#: Where val is a fraction of train, the recorded figures may be of another fraction.
+OTHER_PATCHES = (
+    "The seed draws val: if they were recorded on other patches, widen ingest.max_top1_difference. "
+)
+
 
 class StudentParams(Params, frozen=True):
     """What the student sees, and how the device delivers it."""
@@ -48,6 +53,16 @@ class IngestParams(Params, frozen=True):
     doubtful_top1: Annotated[float, Meta(ge=0, le=1)] = 0.5  # below it, other conventions are tried
     max_mean_shift: Annotated[float, Meta(gt=0)] = 0.5  # of mu from the data's, in data sigmas
     max_sigma_ratio: Annotated[float, Meta(gt=1)] = 1.5  # of sigma to the data's, either way
+
+    @property
+    def max_score_difference(self) -> float:
+        """From a teacher's recorded score."""
+        return self.max_top1_difference
+
+    @property
+    def doubtful_score(self) -> float:
+        """Below it, other conventions are tried."""
+        return self.doubtful_top1
 
     @property
     def viewers(self) -> tuple[TeacherParams | StudentParams, ...]:

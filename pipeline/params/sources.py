@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from hashlib import sha256
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
 
 from pipeline.params.formats import FORMATS
@@ -103,3 +104,14 @@ class TeacherParams(Params, frozen=True):
     recorded_top1: Annotated[float, Meta(gt=0, le=1)] | None = None  # fraction, when it was trained
     recorded_logit_mean: float | None = None
     recorded_logit_std: Annotated[float, Meta(gt=0)] | None = None
+
+    @property
+    def recorded_score(self) -> float | None:
+        """The task's score when it was trained, a fraction."""
+        return self.recorded_top1
+
+    @property
+    def inference(self) -> dict[str, Any]:
+        """What decides what it says of a patch: neither its file's name nor what was recorded."""
+        others = ("path", "weight", "recorded_top1", "recorded_logit_mean", "recorded_logit_std")
+        return {k: v for k, v in msgspec.to_builtins(self).items() if k not in others}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
 
 from pipeline.facts import EnsembleFacts, TeacherFacts
+from pipeline.params.ingest import OTHER_PATCHES
 from pipeline.run.errors import InputError
+from pipeline.tasks.task import open_task
 from pipeline.teachers.conventions import (
     describe_ensemble,
     describe_member,
@@ -26,10 +29,12 @@ from pipeline.teachers.soft_targets import (
     AnswerWriter,
     write_ensemble,
     write_live_teachers,
+    write_val_members,
 )
+from preprocessing.scores import mean_and_std
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.data.splits import Split
     from pipeline.params.ingest import IngestParams
     from pipeline.run.stage import Job
+    from pipeline.tasks.task import Task
     from pipeline.teachers.logit_cache import LogitCache
     from pipeline.teachers.teacher import Teacher
 
@@ -46,11 +52,6 @@ SAMPLE = 256
 
 #: Another convention must beat the contract's by this share of patches before it is pointed out.
 _CLEARLY_BETTER = 0.05
-
-#: Where val is a fraction of train, the recorded figures may be of another fraction.
-_OTHER_PATCHES = (
-    "The seed draws val: if they were recorded on other patches, widen ingest.max_top1_difference. "
-)
 
 
 def needed_views(params: IngestParams, splits: Mapping[str, Split]) -> dict[str, int]:
@@ -83,16 +84,17 @@ def teach(
     """
     val = splits["val"]
     _fill(job, cache, val, digests["val"], 1)
-    outputs = _first_outputs(cache, val, digests["val"])
-    probabilities = [gives_probabilities(one) for one in outputs]
-    logits = [to_logits(o, p) for o, p in zip(outputs, probabilities, strict=True)]
-    described = _describe(job, params, cache.teachers, val, logits, probabilities)
+    folder = job.outputs.teaching
+    outputs = partial(_val_outputs, cache, val, digests["val"])
+    probabilities = _judge_probabilities(outputs())
+    logits = list(write_val_members(folder, len(val), _val_logits(outputs(), probabilities)))
+    task = open_task(params.task)
+    described = _describe(job, params, task, cache.teachers, val, logits, probabilities)
     temperatures = [1.0] * len(logits)
     if params.calibrate_temperatures:
         temperatures = [fitted_temperature(one, val.labels) for one in logits]
     ensemble = _make_ensemble(job, params, cache.teachers, val, probabilities, temperatures)
-    folder = job.outputs.teaching
-    write_ensemble(folder, params.teacher_mode, ensemble, np.stack(logits))
+    write_ensemble(folder, params.teacher_mode, ensemble)
     if params.teacher_mode == "live":
         write_live_teachers(folder, cache.teachers)
     for name, views in needed_views(params, splits).items():
@@ -101,8 +103,8 @@ def teach(
             _write_logits(cache, ensemble, splits[name], digests[name], views, folder)
 
     weights = [member.params.weight for member in ensemble.members]
-    together = ensemble.logits(outputs)
-    rules, agreement = describe_ensemble(logits, weights, temperatures, val.labels)
+    mean, std = mean_and_std(lambda: (ensemble.logits(block) for _, block in outputs()))
+    rules, agreement = describe_ensemble(logits, weights, temperatures, val.labels, task)
     return EnsembleFacts(
         members=tuple(
             replace(member, temperature=temperature)
@@ -116,8 +118,8 @@ def teach(
         agreement=agreement,
         measured_on="host-float",
         n_val=len(val),
-        logit_mean=float(together.mean()),
-        logit_std=float(together.std()),
+        logit_mean=mean,
+        logit_std=std,
         threads=threads,
     )
 
@@ -150,10 +152,25 @@ def _fill(job: Job, cache: LogitCache, split: Split, digest: str, views: int) ->
         cache.fill(split, digest, views, progress=bar.update)
 
 
-def _first_outputs(cache: LogitCache, split: Split, digest: str) -> list[NDArray[np.float32]]:
-    """Each teacher's final output for view 0 of a split, (N, classes)."""
-    blocks = [[first[0] for first, *_ in outputs] for _, outputs in cache.read(split, digest, 1)]
-    return [np.concatenate(same) for same in zip(*blocks, strict=True)]
+#: Positions in the validation split, and of each teacher its output or logits, (n, classes, ...).
+_ValBlock = tuple[slice, list["NDArray[np.float32]"]]
+
+
+def _val_outputs(cache: LogitCache, val: Split, digest: str) -> Iterator[_ValBlock]:
+    """Each teacher's final output for the patches as they are."""
+    for part, outputs in cache.read(val, digest, 1):
+        yield part, [first[0] for first, *_ in outputs]
+
+
+def _judge_probabilities(outputs: Iterable[_ValBlock]) -> list[bool]:
+    """Of each teacher, whether all its outputs are probabilities."""
+    blocks = [[gives_probabilities(one) for one in block] for _, block in outputs]
+    return [all(same) for same in zip(*blocks, strict=True)]
+
+
+def _val_logits(outputs: Iterable[_ValBlock], probabilities: Sequence[bool]) -> Iterator[_ValBlock]:
+    for part, block in outputs:
+        yield part, [to_logits(o, p) for o, p in zip(block, probabilities, strict=True)]
 
 
 def _write_logits(
@@ -167,9 +184,10 @@ def _write_logits(
 def _describe(
     job: Job,
     params: IngestParams,
+    task: Task,
     teachers: Sequence[Teacher],
     val: Split,
-    logits: list[NDArray[np.float32]],
+    logits: Sequence[NDArray[np.float32]],
     probabilities: list[bool],
 ) -> list[TeacherFacts]:
     """Figures of every teacher; the first one that is not what was recorded ends the stage."""
@@ -177,18 +195,16 @@ def _describe(
     described = []
     for teacher, found, as_probabilities in zip(teachers, logits, probabilities, strict=True):
         sample = val.source.read(teacher.modality, val.rows[rows], teacher.bands)
-        figures = describe_member(teacher, found, val.labels, sample)
+        figures = describe_member(teacher, found, val.labels, sample, task)
         missed = missed_records(
             teacher,
             figures,
-            params.max_top1_difference,
+            params.max_score_difference,
             params.max_logit_difference,
             probabilities=as_probabilities,
         )
         tried: dict[str, float] = {}
-        doubtful = teacher.params.recorded_top1 is None and (
-            figures.top1_val < params.doubtful_top1
-        )
+        doubtful = teacher.params.recorded_score is None and figures.score < params.doubtful_score
         if missed or doubtful:
             tried = try_conventions(teacher, sample, val.labels[rows])
             _point_out(job, teacher, tried, len(rows))
@@ -196,7 +212,7 @@ def _describe(
             others = params.data.val.fraction is not None
             raise InputError(
                 f"{teacher.name} is not the teacher that was recorded: on validation "
-                f"{'; '.join(map(str, missed))}. {_OTHER_PATCHES if others else ''}Top-1 on "
+                f"{'; '.join(map(str, missed))}. {OTHER_PATCHES if others else ''}Top-1 on "
                 f"{len(rows)} of its patches by convention: {_listed(tried)}"
             )
         ending = "probabilities" if as_probabilities else teacher.ending
@@ -211,13 +227,13 @@ def _describe(
                 opset=teacher.opset,
                 batch=teacher.batch,
                 output=ending,
-                score=figures.top1_val,
+                score=figures.score,
                 ece_val=figures.ece_val,
                 logit_mean=figures.logit_mean,
                 logit_std=figures.logit_std,
                 input_min=figures.input_min,
                 input_max=figures.input_max,
-                recorded_score=teacher.params.recorded_top1,
+                recorded_score=teacher.params.recorded_score,
                 conventions=tried,
                 temperature=1.0,
             )

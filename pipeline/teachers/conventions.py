@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.blocks import BLOCK
 from pipeline.facts import RuleFacts
 from pipeline.params.sources import RULES
-from pipeline.tasks.metrics import agreement, expected_calibration_error, top1
+from pipeline.tasks.task import DEFAULT_TASK, open_task
 from pipeline.teachers.ensemble import combine
 from preprocessing.apply import scale, teacher_tensor, to_nchw
 from preprocessing.contract import GREY_MAX
 from preprocessing.resize import resize_float
+from preprocessing.scores import decide, mean_and_std
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from pipeline.params.sources import Rule
+    from pipeline.tasks.task import Table, Task
     from pipeline.teachers.teacher import Teacher
 
     Prepare = Callable[[NDArray[np.generic]], NDArray[np.float32]]
@@ -42,7 +46,7 @@ class Missed:
 class TeacherFigures:
     """What one teacher says on the validation split."""
 
-    top1_val: float  # fraction
+    score: float  # fraction
     ece_val: float  # expected calibration error
     logit_mean: float
     logit_std: float
@@ -51,22 +55,29 @@ class TeacherFigures:
 
 
 def describe_member(
-    teacher: Teacher, logits: NDArray[np.float32], labels: NDArray[np.int64], sample: NDArray[Any]
+    teacher: Teacher,
+    logits: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    sample: NDArray[Any],
+    task: Task | None = None,
 ) -> TeacherFigures:
     """Figures of one teacher on the validation split.
 
     Args:
         teacher: the teacher.
-        logits: (N, classes).
-        labels: (N,).
+        logits: (N, classes, ...), perhaps memory-mapped: they are read block by block.
+        labels: (N, ...).
         sample: some stored patches of its bands.
+        task: what a score is; None: the default.
     """
     tensor = teacher.prepare(sample)
+    score, calibration_error = _score(((rows, logits[rows]) for rows in cut(labels)), labels, task)
+    mean, std = mean_and_std(lambda: (logits[rows] for rows in cut(labels)))
     return TeacherFigures(
-        top1_val=top1(logits, labels),
-        ece_val=expected_calibration_error(logits, labels),
-        logit_mean=float(logits.mean()),
-        logit_std=float(logits.std()),
+        score=score,
+        ece_val=calibration_error,
+        logit_mean=mean,
+        logit_std=std,
         input_min=float(tensor.min()),
         input_max=float(tensor.max()),
     )
@@ -77,22 +88,51 @@ def describe_ensemble(
     weights: Sequence[float],
     temperatures: Sequence[float],
     labels: NDArray[np.int64],
+    task: Task | None = None,
 ) -> tuple[dict[str, RuleFacts], tuple[tuple[float, ...], ...]]:
-    """Top-1 and calibration error under both rules, and how often members agree."""
-    rules = {}
-    for rule in RULES:
-        logits = combine(members, weights, rule, temperatures)
-        rules[rule] = RuleFacts(
-            score=top1(logits, labels),
-            ece_val=expected_calibration_error(logits, labels),
-        )
-    return rules, tuple(tuple(agreement(one, other) for other in members) for one in members)
+    """Score and calibration error under both rules, and how often members agree.
+
+    Args:
+        members: logits, each (N, classes, ...), perhaps memory-mapped.
+        weights: of the members.
+        temperatures: of the members.
+        labels: (N, ...).
+        task: what a score is; None: the default.
+    """
+
+    def blocks(rule: Rule) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        for rows in cut(labels):
+            yield rows, combine([m[rows] for m in members], weights, rule, temperatures)
+
+    rules = {rule: RuleFacts(*_score(blocks(rule), labels, task)) for rule in RULES}
+    classes = [np.concatenate([decide(m[rows]) for rows in cut(labels)]) for m in members]
+    return rules, tuple(tuple(float((a == b).mean()) for b in classes) for a in classes)
+
+
+def _score(
+    blocks: Iterable[tuple[slice, NDArray[np.float32]]],
+    labels: NDArray[np.int64],
+    task: Task | None,
+) -> tuple[float, float]:
+    """Score and calibration error."""
+    table: Table | None = None
+    for rows, logits in blocks:
+        table = table or (task or open_task(DEFAULT_TASK)).table(logits.shape[1])
+        table.add(logits, labels[rows])
+    assert table is not None, "a split has patches"
+    figures = table.figures()
+    return figures["score"], figures["ece"]
+
+
+def cut(labels: NDArray[np.int64]) -> Iterator[slice]:
+    """The positions of a split, some at a time."""
+    return (slice(start, start + BLOCK) for start in range(0, len(labels), BLOCK))
 
 
 def missed_records(
     teacher: Teacher,
     figures: TeacherFigures,
-    max_top1: float,
+    max_score: float,
     max_logits: float,
     *,
     probabilities: bool = False,
@@ -102,7 +142,7 @@ def missed_records(
     Args:
         teacher: with `params.recorded_...`.
         figures: of `describe_member`.
-        max_top1: how far top-1 may be off.
+        max_score: how far the score may be off.
         max_logits: how far mean and standard deviation of the logits may be off, as a share of
             the recorded standard deviation.
         probabilities: the teacher gives these; its logits are known but for one number per patch,
@@ -111,7 +151,7 @@ def missed_records(
     params = teacher.params
     spread = params.recorded_logit_std or figures.logit_std or 1.0
     checks = (
-        ("top-1", params.recorded_top1, figures.top1_val, max_top1),
+        ("top-1", params.recorded_score, figures.score, max_score),
         ("mean logit", params.recorded_logit_mean, figures.logit_mean, max_logits * spread),
         ("logit std", params.recorded_logit_std, figures.logit_std, max_logits * spread),
     )
@@ -138,7 +178,7 @@ def try_conventions(
         Fraction by convention; the contract's own is the first. Nothing is switched by it.
     """
     return {
-        name: top1(teacher.outputs(patches, prepare)[0], labels)
+        name: _score([(slice(None), teacher.outputs(patches, prepare)[0])], labels, None)[0]
         for name, prepare in _conventions(teacher).items()
     }
 

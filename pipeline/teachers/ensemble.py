@@ -9,6 +9,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
+from pipeline.data.blocks import BLOCK
 from pipeline.params.sources import Rule, TeacherParams, ViewParams
 
 if TYPE_CHECKING:
@@ -71,18 +72,22 @@ def fitted_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -
     """The temperature that makes a teacher's probabilities most likely, between 0.05 and 20.
 
     Args:
-        logits: (N, classes).
+        logits: (N, classes), perhaps memory-mapped: they are read block by block.
         labels: (N,), class indices.
 
     Source:
         Guo, Pleiss, Sun, Weinberger 2017, temperature scaling. The negative log-likelihood has one
         minimum in 1 / T.
     """
-    exact = logits.astype(np.float64)
-    rows = np.arange(len(labels))
 
     def loss(log_t: float) -> float:
-        return -float(log_softmax(exact / np.exp(log_t), axis=1)[rows, labels].mean())
+        parts = []
+        for start in range(0, len(labels), BLOCK):
+            rows = slice(start, start + BLOCK)
+            exact = logits[rows].astype(np.float64) / np.exp(log_t)
+            n = len(exact)
+            parts.append(log_softmax(exact, axis=1)[np.arange(n), labels[rows]])
+        return -float(np.concatenate(parts).mean())
 
     found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
     return float(np.exp(found.x))

@@ -154,9 +154,5 @@ def _is_whole(path: Path) -> bool:
 
 def teacher_digest(teacher: Teacher, contract_sha256: str, file_digests: Sequence[str]) -> str:
     """Everything that decides what a teacher says of a patch."""
-    params = msgspec.to_builtins(teacher.params)
-    for unimportant in ("path", "weight", "recorded_top1", "recorded_logit_mean"):
-        params.pop(unimportant)
-    params.pop("recorded_logit_std")
-    about = [_SCHEMA, contract_sha256, list(file_digests), params]
+    about = [_SCHEMA, contract_sha256, list(file_digests), teacher.params.inference]
     return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -19,7 +19,7 @@ from pipeline.teachers.teacher import Teacher
 from preprocessing.contract import load_contract
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -120,14 +120,37 @@ class Teaching:
         return {**self.__dict__, "_arrays": {}, "_teachers": None}
 
 
-def write_ensemble(
-    folder: Path, mode: str, ensemble: Ensemble, members: NDArray[np.float32]
-) -> None:
-    """Start the artifact: how the outputs are combined, and each member's validation logits."""
+def write_val_members(
+    folder: Path, count: int, blocks: Iterable[tuple[slice, Sequence[NDArray[np.float32]]]]
+) -> NDArray[np.float32]:
+    """Start the artifact with each member's logits of the validation split.
+
+    Args:
+        folder: of the artifact.
+        count: patches of the split.
+        blocks: positions in it, and per member logits (n, classes, ...).
+
+    Returns:
+        float32, (members, N, classes, ...), memory-mapped.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "val-members.npy"
+    file: NDArray[np.float32] | None = None
+    for part, members in blocks:
+        if file is None:
+            shape = (len(members), count, *members[0].shape[1:])
+            file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        for row, logits in zip(file, members, strict=True):
+            row[part] = logits
+    del file  # written; what is mapped anew can't be changed
+    written: NDArray[np.float32] = np.load(path, mmap_mode="r")
+    return written
+
+
+def write_ensemble(folder: Path, mode: str, ensemble: Ensemble) -> None:
+    """Write how the outputs are combined."""
     document = {"mode": mode, **msgspec.to_builtins(ensemble)}
     (folder / "ensemble.json").write_text(json.dumps(document, indent=1) + "\n")
-    np.save(folder / "val-members.npy", members)
 
 
 class AnswerWriter:
