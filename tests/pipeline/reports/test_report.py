@@ -65,7 +65,7 @@ def test_no_figure_of_an_emulation_can_be_renamed(tree):
     for figure in found:
         honest = figure["measured_on"]
         figure["measured_on"] = "device"
-        with pytest.raises(ReportError, match="measured_on.* device|Invalid enum value 'device'"):
+        with pytest.raises(ReportError, match=r"measured_on.* device|Invalid enum value 'device'"):
             parse(tree)
         figure["measured_on"] = honest
     parse(tree)
