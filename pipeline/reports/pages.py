@@ -85,7 +85,7 @@ def _words(value: Any) -> str:  # noqa: ANN401 - a JSON tree
     """A tree of facts as one line for people."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "; ".join(map(_words, value)) or "none"
     return "null" if value is None else str(value)
 

@@ -403,7 +403,7 @@ def _origins(tree: Any, path: str) -> Iterator[tuple[str, str]]:  # noqa: ANN401
             yield path, tree["measured_on"]
         for name, value in tree.items():
             yield from _origins(value, f"{path}.{name}")
-    elif isinstance(tree, list):
+    elif isinstance(tree, list | tuple):
         for number, value in enumerate(tree):
             yield from _origins(value, f"{path}[{number}]")
 

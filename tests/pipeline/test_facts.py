@@ -32,9 +32,7 @@ def test_the_manifest_holds_what_the_types_write(finished, stage):
 
 def test_a_fact_is_read_by_attribute_and_a_misspelled_one_is_refused(finished):
     facts = load_manifest(finished.folder).facts("calibrate", CalibrateFacts)
-    assert facts.int8_loss_points == pytest.approx(
-        100 * (facts.score_float - facts.score_int8)
-    )
+    assert facts.int8_loss_points == pytest.approx(100 * (facts.score_float - facts.score_int8))
     with pytest.raises(AttributeError, match="int8_loss_point"):
         _ = facts.int8_loss_point
     with pytest.raises(AttributeError, match="immutable"):
