@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import click
 
 
-@dataclass
 class Switches:
     """What a user asked of the whole command line; click carries it as the context's object."""
 
-    debug: bool = False
+    def __init__(self) -> None:
+        self.debug = False
 
 
 def _switch(context: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -23,8 +23,6 @@ command line prints its message as one line and ends with it (CONVENTIONS.md 1.2
 
 from __future__ import annotations
 
-import difflib
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ class ConfigError(ValueError):
 def nearest(word: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of known words when none is near."""
     choices = sorted(names)
-    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
+    close = _matches(word, choices, n=3, cutoff=0.6)
     if close:
         return "; did you mean " + " or ".join(repr(w) for w in close) + "?"
     return f"; there are {', '.join(choices)}" if len(choices) <= 20 else ""
@@ -103,7 +101,13 @@ class ExtraMissingError(RuntimeError):
 def near_names(name: str, names: Iterable[str]) -> str:
     """Up to four names that are like this one, or the first four: for the parts of a network."""
     names = [n for n in names if n]  # torch calls the whole network ""
-    return ", ".join(difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]) or "none"
+    return ", ".join(_matches(name, names, n=4, cutoff=0.3) or names[:4]) or "none"
+
+
+def _matches(word: str, names: list[str], n: int, cutoff: float) -> list[str]:
+    from difflib import get_close_matches  # only here: most commands end without a typing error
+
+    return get_close_matches(word, names, n, cutoff)
 
 
 def require_extra(extra: str, *packages: str) -> None:
@@ -112,6 +116,8 @@ def require_extra(extra: str, *packages: str) -> None:
     Raises:
         ExtraMissingError: names the packages and the extra.
     """
+    from importlib.util import find_spec
+
     absent = [name for name in packages if find_spec(name) is None]
     if absent:
         raise ExtraMissingError(
