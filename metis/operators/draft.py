@@ -27,8 +27,8 @@ class Draft:
         self.graph = read_graph(model)
         self.nodes = list(self.model.graph.node)
         self._computed: dict[str, Array] = {}
-        known = (*model.graph.input, *model.graph.initializer)
-        self._names = {value.name for value in known} | {
+        values = (*model.graph.input, *model.graph.initializer)
+        self._names = {value.name for value in values} | {
             name for node in model.graph.node for name in node.output
         }
 
@@ -36,21 +36,21 @@ class Draft:
         """A node with what can be asked of it."""
         return Node(self.graph, node)
 
-    def finished(self) -> onnx.ModelProto:
+    def finish(self) -> onnx.ModelProto:
         """The model with its new nodes, without those that nobody reads any more."""
         graph = self.model.graph
         alive: list[onnx.NodeProto] = []
-        read = {value.name for value in graph.output}
+        used = {value.name for value in graph.output}
         for node in reversed(self.nodes):
-            if read.intersection(node.output):
+            if used.intersection(node.output):
                 alive.append(node)
-                read.update(tensors_read(node))
-        kept = [tensor for tensor in graph.initializer if tensor.name in read]
-        dropped = {tensor.name for tensor in graph.initializer} - read
-        inputs = [value for value in graph.input if value.name not in dropped]
+                used.update(tensors_read(node))
+        initializers = [tensor for tensor in graph.initializer if tensor.name in used]
+        unused = {tensor.name for tensor in graph.initializer} - used
+        inputs = [value for value in graph.input if value.name not in unused]
         del graph.node[:], graph.initializer[:], graph.input[:], graph.value_info[:]
         graph.node.extend(reversed(alive))
-        graph.initializer.extend(kept)
+        graph.initializer.extend(initializers)
         graph.input.extend(inputs)
         return self.model
 
@@ -58,10 +58,10 @@ class Draft:
         """Let every reader of one tensor read another, inside branches and loops too."""
         _read_instead(self.nodes, old, new)
 
-    def replace(self, node: onnx.NodeProto, *others: onnx.NodeProto) -> None:
+    def replace(self, node: onnx.NodeProto, *replacements: onnx.NodeProto) -> None:
         """Put nodes in the place of one."""
-        index = next(i for i, known in enumerate(self.nodes) if known is node)
-        self.nodes[index : index + 1] = others
+        index = next(i for i, candidate in enumerate(self.nodes) if candidate is node)
+        self.nodes[index : index + 1] = replacements
 
     def constant(self, near: str, array: Array) -> str:
         """Add an initializer under a new name."""
@@ -99,8 +99,8 @@ class Draft:
             ]
             return
         inputs = {name: self.value(name) for name in node.input if name}
-        answers = run_node(node, inputs, self.model)
-        self._computed.update(zip((name for name in node.output if name), answers, strict=True))
+        outputs = run_node(node, inputs, self.model)
+        self._computed.update(zip((name for name in node.output if name), outputs, strict=True))
 
 
 def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:

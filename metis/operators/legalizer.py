@@ -40,7 +40,7 @@ EXTRA_REWRITES = {
     "trailing softmax": "end in logits; the host does the softmax",
 }
 
-Answers = list[list[NDArray[Any]]]  # per input tried, per output
+Outputs = list[list[NDArray[Any]]]  # per input tried, per output
 
 
 class RewriteError(RuntimeError):
@@ -79,10 +79,10 @@ class Legalized:
     max_abs_difference: float  # of any output, between the first graph and the last
     note: str = ""  # why nothing was rewritten, or why the proofs show little
 
-    def refusal(self, what: str) -> str:
-        """Why Metis can't run `what`, in one line; empty when it can."""
-        words = self.report.refusal(what)
-        return f"{words}; {self.note}" if words and self.note and not self.rewrites else words
+    def refusal(self, subject: str) -> str:
+        """Why Metis can't run `subject`, in one line; empty when it can."""
+        message = self.report.refusal(subject)
+        return f"{message}; {self.note}" if message and self.note and not self.rewrites else message
 
     def facts(self) -> list[dict[str, Any]]:
         """The rewrites as a manifest or a program reads them."""
@@ -110,30 +110,30 @@ def legalize(
     Raises:
         RewriteError: a rewrite is not proven exact, or does not cure what it should.
     """
-    before = check_model(model)
-    obstacle = _unfit(before)
+    original = check_model(model)
+    obstacle = _unfit(original)
     if obstacle:
-        return Legalized(model, (), before, before, 0, 0.0, obstacle)
+        return Legalized(model, (), original, original, 0, 0.0, obstacle)
     try:
-        work = _Work(model, _feeds(model, inputs, seed))
+        session = _RewriteSession(model, _feeds(model, inputs, seed))
     except Exception as error:  # onnxruntime has many kinds  # noqa: BLE001
         note = f"nothing was rewritten: onnxruntime can't run the graph: {_first_line(error)}"
-        return Legalized(model, (), before, before, 0, 0.0, note)
-    refused = _convert_opset(work)
-    report = check_model(work.model)
-    if refused:
-        report = _with_note(report, refused)
+        return Legalized(model, (), original, original, 0, 0.0, note)
+    problem = _convert_opset(session)
+    report = check_model(session.model)
+    if problem:
+        report = _with_note(report, problem)
     else:
-        while _rewrite_one_kind(work, report):
-            report = check_model(work.model)
+        while _rewrite_one_kind(session, report):
+            report = check_model(session.model)
     return Legalized(
-        work.model,
-        tuple(work.done),
-        before,
+        session.model,
+        tuple(session.done),
+        original,
         report,
-        inputs_tried=len(work.feeds),
-        max_abs_difference=work.total_difference(),
-        note=work.doubt() if work.done else "",
+        inputs_tried=len(session.feeds),
+        max_abs_difference=session.total_difference(),
+        note=session.doubt() if session.done else "",
     )
 
 
@@ -160,36 +160,36 @@ def _feeds(
             else:
                 feed[value.name] = random.normal(size=shape).astype(dtype)
         feeds.append(feed)
-    return [*feeds, *({graph.inputs[0].name: given} for given in inputs)]
+    return [*feeds, *({graph.inputs[0].name: array} for array in inputs)]
 
 
-class _Work:
+class _RewriteSession:
     """A model under rewriting: what was done, and what the graph answers to the inputs tried."""
 
     def __init__(self, model: onnx.ModelProto, feeds: list[dict[str, NDArray[Any]]]) -> None:
         self.model = model
         self.feeds = feeds
         self.done: list[Rewrite] = []
-        self.cut: dict[int, onnx.NodeProto] = {}  # number of an output -> softmax that was there
-        self._first = self._answers = self._run(model)
+        self.softmaxes: dict[int, onnx.NodeProto] = {}  # cut off, by the number of their output
+        self._first_outputs = self._outputs = self._run(model)
         self._tried: set[tuple[str, str]] = set()
 
-    def _run(self, model: onnx.ModelProto) -> Answers:
+    def _run(self, model: onnx.ModelProto) -> Outputs:
         session = open_exact(model)
         return [session.run(None, feed) for feed in self.feeds]
 
-    def ask_once(self, name: str, where: str) -> None:
+    def ask_once(self, name: str, place: str) -> None:
         """Note that a rewrite is done somewhere; twice in one place means that it cures nothing."""
-        if (name, where) in self._tried:
-            raise RewriteError(f"the rewrite {name!r} of {where} does not cure what it should")
-        self._tried.add((name, where))
+        if (name, place) in self._tried:
+            raise RewriteError(f"the rewrite {name!r} of {place} does not cure what it should")
+        self._tried.add((name, place))
 
     def accept(
         self,
         model: onnx.ModelProto,
         name: str,
         changes: list[tuple[str, str]],
-        cut: dict[int, onnx.NodeProto] | None = None,
+        softmaxes: dict[int, onnx.NodeProto] | None = None,
     ) -> None:
         """Prove a rewritten model equal to the one before, and go on with it.
 
@@ -197,60 +197,68 @@ class _Work:
             model: after the rewrite.
             name: of the rewrite.
             changes: node and words of each.
-            cut: softmaxes that were cut off; the proof does them again.
+            softmaxes: softmaxes that were cut off; the proof does them again.
         """
         try:
-            answers = self._run(model)
+            outputs = self._run(model)
         except Exception as error:  # of any kind: what we made is no valid graph
             raise RewriteError(
                 f"the rewrite {name!r} of {changes[0][0]} makes a graph that does not run: "
                 f"{_first_line(error)}"
             ) from error
-        difference, share = _compare(self._answers, self._restored(answers, cut or {}))
+        restored = self._restore_softmaxes(outputs, softmaxes or {})
+        difference, share = _compare(self._outputs, restored)
         if not share <= TOLERANCE:
             raise RewriteError(
-                f"the rewrite {name!r} of {', '.join(where for where, _ in changes[:3])} changes "
+                f"the rewrite {name!r} of {', '.join(place for place, _ in changes[:3])} changes "
                 f"what the graph computes: outputs differ by up to {difference:.3g}, "
                 f"{share:.2g} of their range (limit {TOLERANCE:g})"
             )
-        self.model, self._answers = model, answers
-        self.cut.update(cut or {})
-        self.done += [Rewrite(name, where, words, difference, share) for where, words in changes]
+        self.model, self._outputs = model, outputs
+        self.softmaxes.update(softmaxes or {})
+        self.done += [
+            Rewrite(name, place, description, difference, share) for place, description in changes
+        ]
 
     def total_difference(self) -> float:
         """Between the first graph and the present one."""
-        return _compare(self._first, self._restored(self._answers, self.cut))[0]
+        restored = self._restore_softmaxes(self._outputs, self.softmaxes)
+        return _compare(self._first_outputs, restored)[0]
 
     def doubt(self) -> str:
         """What makes the proofs weak, if anything does."""
         varies = any(
-            np.ptp(np.stack(rows), axis=0).any() for rows in zip(*self._first, strict=True)
+            np.ptp(np.stack(rows), axis=0).any() for rows in zip(*self._first_outputs, strict=True)
         )
         return "" if varies else "the graph answers the same to all inputs: the proofs show little"
 
-    def _restored(self, answers: Answers, cut: dict[int, onnx.NodeProto]) -> Answers:
-        """Answers with the softmaxes done that were cut off."""
+    def _restore_softmaxes(self, outputs: Outputs, softmaxes: dict[int, onnx.NodeProto]) -> Outputs:
+        """Outputs with the softmaxes done that were cut off."""
         return [
             [
-                run_node(cut[n], {cut[n].input[0]: value}, self.model)[0] if n in cut else value
+                self._run_softmax(softmaxes[n], value) if n in softmaxes else value
                 for n, value in enumerate(row)
             ]
-            for row in answers
+            for row in outputs
         ]
 
+    def _run_softmax(self, node: onnx.NodeProto, logits: NDArray[Any]) -> NDArray[Any]:
+        return run_node(node, {node.input[0]: logits}, self.model)[0]
 
-def _compare(expected: Answers, found: Answers) -> tuple[float, float]:
+
+def _compare(expected: Outputs, actual: Outputs) -> tuple[float, float]:
     """The largest difference of any output: absolute, and as a share of the output's range."""
     largest = share = 0.0
-    for one, other in zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True):
-        a, b = (np.stack([np.asarray(v, np.float64) for v in rows]) for rows in (one, other))
-        if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+    pairs = zip(zip(*expected, strict=True), zip(*actual, strict=True), strict=True)
+    for pair in pairs:
+        reference, result = (np.stack([np.asarray(v, np.float64) for v in rows]) for rows in pair)
+        finite = np.isfinite(reference)
+        if reference.shape != result.shape or not np.array_equal(finite, np.isfinite(result)):
             return float("inf"), float("inf")
-        finite = np.isfinite(a)
         if not finite.any():
             continue
-        difference = float(np.abs(a[finite] - b[finite]).max())
-        spread = float(np.ptp(a[finite]))
+        difference = float(np.abs(reference[finite] - result[finite]).max())
+        spread = float(np.ptp(reference[finite]))
         largest = max(largest, difference)
         if difference:
             share = max(share, difference / spread if spread else float("inf"))
@@ -261,23 +269,24 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _convert_opset(work: _Work) -> str:
+def _convert_opset(session: _RewriteSession) -> str:
     """Bring the model to an opset that the rules are for; why not, if that fails."""
-    version = next((o.version for o in work.model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opsets = session.model.opset_import
+    version = next((o.version for o in opsets if o.domain in ("", "ai.onnx")), 0)
     if version in OPSETS:
         return ""
     target = OPSETS[-1]
     try:
-        converted = version_converter.convert_version(_plain_constants(work.model), target)
+        model = version_converter.convert_version(_plain_constants(session.model), target)
         # Before 4, initializers had to be inputs too; before 8, there was no opset 17.
-        converted.ir_version = max(converted.ir_version, _IR_VERSION)
-        work.accept(converted, "opset", [("the graph", f"opset {version} -> {target}")])
+        model.ir_version = max(model.ir_version, _IR_VERSION)
+        session.accept(model, "opset", [("the graph", f"opset {version} -> {target}")])
     except RewriteError as error:
         return f"opset {version} can't be converted exactly: {error}"
     except Exception as error:  # the converter's own have no common kind  # noqa: BLE001
         # Before it, an assertion of C++: its file, line and condition.
-        words = _first_line(error).rpartition("failed: ")[2]
-        return f"opset {version} can't be converted: {words}"
+        reason = _first_line(error).rpartition("failed: ")[2]
+        return f"opset {version} can't be converted: {reason}"
     return ""
 
 
@@ -302,47 +311,48 @@ def _with_note(report: OperatorReport, note: str) -> OperatorReport:
     return replace(report, graph=entries)
 
 
-def _rewrite_one_kind(work: _Work, report: OperatorReport) -> bool:
+def _rewrite_one_kind(session: _RewriteSession, report: OperatorReport) -> bool:
     """Do all rewrites of the first name that a rule asks for; False when none is left."""
-    free = [entry.name for entry in report.graph if "batch to 1" in entry.rewrites]
-    if free:
-        draft = Draft(work.model)
-        for name in free:
-            work.ask_once("batch to 1", name)
-        changes = [(name, fix_batch(draft, name)) for name in free]
-        work.accept(draft.finished(), "batch to 1", changes)
+    free_inputs = [entry.name for entry in report.graph if "batch to 1" in entry.rewrites]
+    if free_inputs:
+        draft = Draft(session.model)
+        for name in free_inputs:
+            session.ask_once("batch to 1", name)
+        changes = [(name, fix_batch(draft, name)) for name in free_inputs]
+        session.accept(draft.finish(), "batch to 1", changes)
         return True
     for name in REWRITERS:
-        if any(name in entry.rewrites for entry in report.nodes) and _rewrite(work, report, name):
+        is_asked = any(name in entry.rewrites for entry in report.nodes)
+        if is_asked and _rewrite(session, report, name):
             return True
-    return _cut_softmax(work)
+    return _cut_softmax(session)
 
 
-def _rewrite(work: _Work, report: OperatorReport, name: str) -> bool:
+def _rewrite(session: _RewriteSession, report: OperatorReport, name: str) -> bool:
     """Do the rewrites of one name; False when they all stay undone, at the host's edges."""
-    draft = Draft(work.model)
-    judged = [node for node in draft.nodes if node.op_type != "Constant"]
+    draft = Draft(session.model)
+    nodes = [node for node in draft.nodes if node.op_type != "Constant"]
     changes = []
-    for node, entry in zip(judged, report.nodes, strict=True):
+    for node, entry in zip(nodes, report.nodes, strict=True):
         if name not in entry.rewrites:
             continue
-        made = node.output[0]
-        words = REWRITERS[name](draft, node)
-        if words is not None:
-            work.ask_once(name, made)
-            changes.append((entry.name, words))
+        output = node.output[0]
+        description = REWRITERS[name](draft, node)
+        if description is not None:
+            session.ask_once(name, output)
+            changes.append((entry.name, description))
         elif entry.curable:
             raise RewriteError(f"the rewrite {name!r} of {entry.name} can't be done")
     if changes:
-        work.accept(draft.finished(), name, changes)
+        session.accept(draft.finish(), name, changes)
     return bool(changes)
 
 
-def _cut_softmax(work: _Work) -> bool:
+def _cut_softmax(session: _RewriteSession) -> bool:
     """Let outputs end in logits; the record says what the host has to do."""
-    draft = Draft(work.model)
+    draft = Draft(session.model)
     outputs = draft.model.graph.output
-    cut, changes = {}, []
+    softmaxes, changes = {}, []
     for number, value in enumerate(outputs):
         node = draft.graph.producer(value.name)
         if node is None or node.op_type not in ("Softmax", "LogSoftmax"):
@@ -353,7 +363,7 @@ def _cut_softmax(work: _Work) -> bool:
         if not is_computed or is_output or draft.graph.consumers(value.name):
             continue
         axis = draft.view(node).attribute("axis", -1)
-        cut[number] = node
+        softmaxes[number] = node
         changes.append(
             (
                 value.name,
@@ -362,5 +372,5 @@ def _cut_softmax(work: _Work) -> bool:
         )
         value.name = logits
     if changes:
-        work.accept(draft.finished(), "trailing softmax", changes, cut)
+        session.accept(draft.finish(), "trailing softmax", changes, softmaxes)
     return bool(changes)

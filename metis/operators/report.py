@@ -15,8 +15,8 @@ from typing import Literal
 import onnx
 
 from metis.graph.view import Graph, Node, Shape, UnknownShapeError
-from metis.operators.rescues import ELSEWHERE, UNLISTED, find, is_listed
 from metis.operators.rules import REWRITES, RULES
+from metis.operators.unlisted import ELSEWHERE, UNLISTED, is_listed, judge
 
 Verdict = Literal["chip", "host edge", "refused"]
 
@@ -58,19 +58,14 @@ class OperatorReport:
     graph: tuple[NodeReport, ...]  # what is wrong with the graph as a whole
 
     @property
-    def refused(self) -> list[NodeReport]:
+    def refusals(self) -> list[NodeReport]:
         """What keeps the graph from the chip."""
         return [*self.graph, *(node for node in self.nodes if node.verdict == "refused")]
 
     @property
     def fatal(self) -> list[NodeReport]:
         """What of it no exact rewrite cures."""
-        return [node for node in self.refused if not node.curable]
-
-    @property
-    def doubtful(self) -> list[NodeReport]:
-        """Nodes for the chip by the rule as printed, about which there is more to say."""
-        return [node for node in self.nodes if node.verdict == "chip" and node.reason]
+        return [node for node in self.refusals if not node.curable]
 
     @property
     def macs(self) -> int:
@@ -83,14 +78,14 @@ class OperatorReport:
         on_chip = sum(node.macs for node in self.nodes if node.verdict == "chip")
         return on_chip / self.macs if self.macs else 0.0
 
-    def refusal(self, what: str) -> str:
-        """Why Metis can't run `what` as it is, in one line; empty when it can."""
-        refused = self.fatal or self.refused
-        if not refused:
+    def refusal(self, subject: str) -> str:
+        """Why Metis can't run `subject` as it is, in one line; empty when it can."""
+        refusals = self.fatal or self.refusals
+        if not refusals:
             return ""
-        first, count = refused[0], len(refused)
+        first, count = refusals[0], len(refusals)
         return (
-            f"Metis can't run {what}: "
+            f"Metis can't run {subject}: "
             + (f"{count} nodes are refused, the first is " if count > 1 else "it refuses ")
             + f"{first.op_type} {first.name}: {first.reason}"
             + (f" ({first.cure})" if first.cure else "")
@@ -101,10 +96,11 @@ class OperatorReport:
         yield f"{'verdict':<9} {'operator':<20} {'output':<16} {'M MACs':>9}  node"
         for node in (*self.nodes, *self.graph):
             yield node.line()
-        found = [node.verdict for node in self.nodes]
+        verdicts = [node.verdict for node in self.nodes]
+        refusals, curable = len(self.refusals), len(self.refusals) - len(self.fatal)
         yield (
-            f"{found.count('chip')} nodes on the chip, {found.count('host edge')} on the host, "
-            f"{len(self.refused)} refused ({len(self.refused) - len(self.fatal)} of them curable); "
+            f"{verdicts.count('chip')} nodes on the chip, {verdicts.count('host edge')} on the "
+            f"host, {refusals} refused ({curable} of them curable); "
             f"{self.macs / 1e6:.1f} M MACs, {100 * self.share_on_chip:.1f} % on the chip"
         )
 
@@ -115,8 +111,8 @@ def check_model(model: onnx.ModelProto) -> OperatorReport:
     A batch that is not fixed is taken as 1, and reported.
     """
     graph = read_graph(model)
-    nodes = tuple(_report(Node(graph, proto)) for proto in graph.nodes)
-    return OperatorReport(nodes, tuple(_whole(model, graph, nodes)))
+    nodes = tuple(_judge_node(Node(graph, proto)) for proto in graph.nodes)
+    return OperatorReport(nodes, tuple(_judge_graph(model, graph, nodes)))
 
 
 def read_graph(model: onnx.ModelProto) -> Graph:
@@ -130,28 +126,28 @@ def count_macs(model: onnx.ModelProto) -> int:
     return sum(node_macs(Node(graph, proto)) for proto in graph.nodes)
 
 
-def _report(node: Node) -> NodeReport:
+def _judge_node(node: Node) -> NodeReport:
     proto = node.proto
-    findings = find(node)
+    findings = judge(node)
     broken = [f for f in findings if not f.doubt]
     verdict: Verdict = "refused" if broken else "chip"
     if broken and not is_listed(proto) and node.graph.on_host(proto):
         verdict = "host edge"
-    words = ELSEWHERE.get(proto.op_type, UNLISTED)
+    default_rule = ELSEWHERE.get(proto.op_type, UNLISTED)
     cures = dict.fromkeys(REWRITES[f.rewrite] if f.rewrite else f.cure for f in findings)
-    cured = bool(broken) and all(f.rewrite for f in broken)
-    asks = broken if cured else [] if broken else findings  # to a doubt a rewrite may help too
+    has_cure = bool(broken) and all(f.rewrite for f in broken)
+    asking = broken if has_cure else [] if broken else findings  # to a doubt a rewrite may help too
     return NodeReport(
         name=proto.name or proto.output[0],
         op_type=proto.op_type,
         shape=node.graph.shape(proto.output[0]) or (),
         macs=node_macs(node),
         verdict=verdict,
-        rule=RULES[proto.op_type][0] if proto.op_type in RULES else words,
+        rule=RULES[proto.op_type][0] if proto.op_type in RULES else default_rule,
         reason="; ".join(f.reason for f in findings),
         cure="; ".join(cure for cure in cures if cure),
-        rewrites=tuple(dict.fromkeys(f.rewrite for f in asks if f.rewrite)),
-        curable=verdict == "refused" and cured,
+        rewrites=tuple(dict.fromkeys(f.rewrite for f in asking if f.rewrite)),
+        curable=verdict == "refused" and has_cure,
     )
 
 
@@ -170,7 +166,7 @@ def node_macs(node: Node) -> int:
     return 0
 
 
-def _whole(
+def _judge_graph(
     model: onnx.ModelProto, graph: Graph, nodes: tuple[NodeReport, ...]
 ) -> Iterator[NodeReport]:
     """What is wrong with the graph as a whole."""
@@ -184,8 +180,8 @@ def _whole(
 
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     if not versions or versions[0] not in OPSETS:
-        found = f"opset {versions[0]}" if versions else "no opset"
-        yield refuse("opset", f"{found}, not 14 to 17", "export with opset 17")
+        opset = f"opset {versions[0]}" if versions else "no opset"
+        yield refuse("opset", f"{opset}, not 14 to 17", "export with opset 17")
     for value in graph.inputs:
         shape = graph.shape(value.name)
         if value.name in graph.free_batch:

@@ -14,18 +14,18 @@ import onnx
 from onnx import helper, numpy_helper
 
 from metis.operators.draft import Draft
-from metis.operators.hard_patterns import hard_pattern
+from metis.operators.hard_activations import hard_pattern
 from metis.operators.rules import is_channelwise
 
-#: What was done, in words; None where the rewrite can't be done.
+#: The description of what was done; None where the rewrite can't be done.
 Rewriter = Callable[[Draft, onnx.NodeProto], str | None]
 
 
-def _set(node: onnx.NodeProto, name: str, value: object) -> None:
+def _set_attribute(node: onnx.NodeProto, name: str, value: object) -> None:
     """Set an attribute; None takes it away."""
-    others = [attribute for attribute in node.attribute if attribute.name != name]
+    attributes = [attribute for attribute in node.attribute if attribute.name != name]
     del node.attribute[:]
-    node.attribute.extend(others)
+    node.attribute.extend(attributes)
     if value is not None:
         node.attribute.append(helper.make_attribute(name, value))
 
@@ -78,8 +78,8 @@ def _explicit_pads(draft: Draft, node: onnx.NodeProto) -> str:
             total = max((outputs - 1) * step + (k - 1) * d + 1 - size, 0)
             small, large = total // 2, total - total // 2
             begins[axis], ends[axis] = (small, large) if auto == "SAME_UPPER" else (large, small)
-    _set(node, "auto_pad", None)
-    _set(node, "pads", begins + ends)
+    _set_attribute(node, "auto_pad", None)
+    _set_attribute(node, "pads", begins + ends)
     return f"auto_pad {auto} -> pads {begins + ends}"
 
 
@@ -93,7 +93,7 @@ def _flatten(draft: Draft, node: onnx.NodeProto) -> str:
 def _front_axis(draft: Draft, node: onnx.NodeProto) -> str:
     view = draft.view(node)
     axis = view.attribute("axis")
-    _set(node, "axis", axis + len(view.shape()))
+    _set_attribute(node, "axis", axis + len(view.shape()))
     return f"axis {axis} -> {axis + len(view.shape())}"
 
 
@@ -113,17 +113,17 @@ def _gemm(draft: Draft, node: onnx.NodeProto) -> str:
 def _gemm_transpose(draft: Draft, node: onnx.NodeProto) -> str:
     """A fixed operand is transposed now; a row becomes a column, or back, in a Flatten."""
     view, name = draft.view(node), node.input[0]
-    _set(node, "transA", None)
+    _set_attribute(node, "transA", None)
     if view.is_fixed(0):
         node.input[0] = draft.constant(f"{name}_transposed", draft.value(name).T.copy())
         return "transA -> a transposed constant"
-    made = draft.free_name(f"{node.output[0]}_transposed")
-    before = view.producer(0)
-    if before is not None and before.proto.op_type == "Flatten":  # one Flatten instead of two
-        name = before.proto.input[0]
+    result = draft.free_name(f"{node.output[0]}_transposed")
+    producer = view.producer(0)
+    if producer is not None and producer.proto.op_type == "Flatten":  # one Flatten instead of two
+        name = producer.proto.input[0]
     axis = 0 if view.shape()[1] == 1 else len(draft.graph.shape(name) or ())
-    node.input[0] = made
-    draft.replace(node, helper.make_node("Flatten", [name], [made], made, axis=axis), node)
+    node.input[0] = result
+    draft.replace(node, helper.make_node("Flatten", [name], [result], result, axis=axis), node)
     return "transA -> Flatten"
 
 
@@ -146,44 +146,47 @@ def _hard(draft: Draft, node: onnx.NodeProto) -> str | None:
         return None
     name, x = pattern
     if name == "hard swish":
-        fused = helper.make_node("HardSwish", [x], node.output, node.name)
+        activation = helper.make_node("HardSwish", [x], node.output, node.name)
     else:
-        fused = helper.make_node("HardSigmoid", [x], node.output, node.name, alpha=1 / 6, beta=0.5)
-    draft.replace(node, fused)
-    return f"Add, Clip, ..., {node.op_type} -> {fused.op_type}"
+        activation = helper.make_node("HardSigmoid", [x], node.output, node.name)
+        _set_attribute(activation, "alpha", 1 / 6)
+        _set_attribute(activation, "beta", 0.5)
+    draft.replace(node, activation)
+    return f"Add, Clip, ..., {node.op_type} -> {activation.op_type}"
 
 
 def _identity(draft: Draft, node: onnx.NodeProto) -> str | None:
-    source, made = node.input[0], node.output[0]
+    source, result = node.input[0], node.output[0]
     outputs = {value.name for value in draft.model.graph.output}
-    if made in outputs:
-        maker = next((known for known in draft.nodes if source in known.output), None)
-        if maker is None or source in outputs:
+    if result in outputs:
+        producer = next((maker for maker in draft.nodes if source in maker.output), None)
+        if producer is None or source in outputs:
             return None
-        draft.read_instead(source, made)
-        maker.output[list(maker.output).index(source)] = made
+        draft.read_instead(source, result)
+        producer.output[list(producer.output).index(source)] = result
     else:
-        draft.read_instead(made, source)
+        draft.read_instead(result, source)
     draft.replace(node)
     return f"{node.op_type} removed"
 
 
 def _operand_shape(draft: Draft, node: onnx.NodeProto) -> str | None:
     view = draft.view(node)
-    for of, other in ((0, 1), (1, 0)):
-        feature_map, partner = view.shape(of), view.shape(other)
-        if len(feature_map) == 4 and view.is_fixed(other) and is_channelwise(partner, feature_map):
-            name = node.input[other]
+    for number, operand in ((0, 1), (1, 0)):
+        feature_map, partner = view.shape(number), view.shape(operand)
+        is_map = len(feature_map) == 4
+        if is_map and view.is_fixed(operand) and is_channelwise(partner, feature_map):
+            name = node.input[operand]
             value = draft.value(name)
             shaped = value.reshape(() if value.size == 1 else (1, -1, 1, 1))
-            node.input[other] = draft.constant(f"{name}_shaped", shaped)
+            node.input[operand] = draft.constant(f"{name}_shaped", shaped)
             return f"constant {list(partner)} -> {list(shaped.shape)}"
     return None
 
 
 def _reshape_target(draft: Draft, node: onnx.NodeProto) -> str:
     shape, name = list(draft.view(node).out), node.input[1]
-    _set(node, "allowzero", None)
+    _set_attribute(node, "allowzero", None)
     node.input[1] = draft.constant(f"{name}_written", np.array(shape, np.int64))
     return f"the target is {shape}"
 
@@ -198,29 +201,31 @@ def _slice_per_axis(draft: Draft, node: onnx.NodeProto) -> str:
     view = draft.view(node)
     starts, ends, axes, steps = (view.value(number) for number in (1, 2, 3, 4))
     count = len(starts)
-    along = [int(a) % len(view.shape()) for a in (range(count) if axes is None else axes)]
-    order = sorted(range(count), key=lambda number: along[number] == 1)
+    rank = len(view.shape())
+    slice_axes = [int(axis) % rank for axis in (range(count) if axes is None else axes)]
+    order = sorted(range(count), key=lambda number: slice_axes[number] == 1)
     source, slices = node.input[0], []
     for place, number in enumerate(order):
-        last = place == count - 1
-        made = node.output[0] if last else draft.free_name(f"{node.output[0]}_{along[number]}")
+        is_last = place == count - 1
+        near = f"{node.output[0]}_{slice_axes[number]}"
+        result = node.output[0] if is_last else draft.free_name(near)
         step = 1 if steps is None else steps[number]
         values = [
-            draft.constant(f"{made}_{word}", np.array([value], np.int64))
+            draft.constant(f"{result}_{word}", np.array([value], np.int64))
             for word, value in zip(
                 ("starts", "ends", "axes", "steps"),
-                (starts[number], ends[number], along[number], step),
+                (starts[number], ends[number], slice_axes[number], step),
                 strict=True,
             )
         ]
-        slices.append(helper.make_node("Slice", [source, *values], [made], made))
-        source = made
+        slices.append(helper.make_node("Slice", [source, *values], [result], result))
+        source = result
     draft.replace(node, *slices)
-    return f"one Slice for each of the axes {[along[number] for number in order]}"
+    return f"one Slice for each of the axes {[slice_axes[number] for number in order]}"
 
 
 def _storage_order(draft: Draft, node: onnx.NodeProto) -> str:
-    _set(node, "storage_order", None)
+    _set_attribute(node, "storage_order", None)
     del node.output[1:]
     return "storage_order 1 -> 0"
 

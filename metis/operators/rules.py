@@ -13,7 +13,7 @@ from itertools import product
 from math import prod
 
 from metis.graph.view import Node, Shape
-from metis.operators.hard_patterns import HAND_WRITTEN, hard_pattern, shifted_by_3
+from metis.operators.hard_activations import HAND_WRITTEN, hard_pattern, shifted_by_3
 
 #: Effective taps of a grouped or depthwise convolution must be fewer.
 _MAX_GROUPED_TAPS = 128
@@ -106,14 +106,14 @@ def _same_pads(node: Node, kernel: list[int]) -> bool:
 def _average_pool(node: Node) -> Findings:
     yield from _auto_pad(node)
     kernel, pads = node.attribute("kernel_shape"), node.attribute("pads")
-    padded = any(pads or ())
+    has_padding = any(pads or ())
     if node.attribute("auto_pad", "").startswith("SAME"):
-        padded = _same_pads(node, kernel)
+        has_padding = _same_pads(node, kernel)
     if pads and len(pads) != 4:
         yield Finding("pads must be four numbers")
     elif pads and pads[:2] == pads[2:] and (2 * pads[0] > kernel[0] or 2 * pads[1] > kernel[1]):
         yield Finding("symmetric pads must be at most half the kernel")
-    if padded and node.attribute("count_include_pad", 0) != 1:
+    if has_padding and node.attribute("count_include_pad", 0) != 1:
         yield Finding("with padding, count_include_pad must be 1", "use count_include_pad=True")
     if node.attribute("ceil_mode", 0):
         yield Finding(
@@ -195,8 +195,8 @@ def _passes(reader: Node) -> bool:
     """Whether a reader is a dense layer, or is removed and read by one."""
     if reader.proto.op_type == "MatMul":
         return is_dense(reader)
-    removed = reader.proto.op_type in ("Identity", "Dropout") or keeps_order(reader)
-    return removed and in_its_place(reader)
+    is_removed = reader.proto.op_type in ("Identity", "Dropout") or keeps_order(reader)
+    return is_removed and in_its_place(reader)
 
 
 def keeps_order(node: Node) -> bool:
@@ -237,29 +237,30 @@ def _max_pool(node: Node) -> Findings:
         yield Finding("storage_order is 1", rewrite="storage order" if unread else "")
 
 
-def is_channelwise(other: Shape, of: Shape) -> bool:
-    """Whether `other` broadcasts over the map `of` as a scalar or as [1, C, 1, 1]."""
-    padded = (1,) * (4 - len(other)) + other
-    return padded in ((1, 1, 1, 1), (1, of[1], 1, 1))
+def is_channelwise(partner: Shape, feature_map: Shape) -> bool:
+    """Whether `partner` broadcasts over the map `feature_map` as a scalar or as [1, C, 1, 1]."""
+    shape = (1,) * (4 - len(partner)) + partner
+    return shape in ((1, 1, 1, 1), (1, feature_map[1], 1, 1))
 
 
 def _with_map(node: Node, *, scalar_on_one_channel: bool) -> Findings:
     """The rule of Add, Mul and Sub for a map of rank 4 and a smaller partner."""
     shapes = (node.shape(0), node.shape(1))
     cure = ""
-    for one, other in ((0, 1), (1, 0)):
-        of, partner = shapes[one], shapes[other]
-        if len(of) != 4:
+    for number in (0, 1):
+        feature_map, partner = shapes[number], shapes[1 - number]
+        if len(feature_map) != 4:
             continue
-        if partner == () and (scalar_on_one_channel or of[1] != 1):
+        channels = feature_map[1]
+        if partner == () and (scalar_on_one_channel or channels != 1):
             return
         if partner == ():
             # As printed the shape is compared with the number 0, which never holds.
             yield Finding("the printed rule for a scalar on one channel is garbled", doubt=True)
             return
-        if of[1] != 1 and partner == (1, of[1], 1, 1):
+        if channels != 1 and partner == (1, channels, 1, 1):
             return
-        if node.is_fixed(other) and is_channelwise(partner, of):
+        if node.is_fixed(1 - number) and is_channelwise(partner, feature_map):
             cure = "operand shape"
     yield Finding(f"the shapes are {list(shapes[0])} and {list(shapes[1])}", rewrite=cure)
 
@@ -375,8 +376,8 @@ def _resize(node: Node) -> Findings:
     old, new = node.shape(), node.out
     if node.has(1):
         roi = node.value(1)
-        unused = roi is not None and coordinates != "tf_crop_and_resize"
-        yield Finding("a roi is given", rewrite="resize roi" if unused else "")
+        is_unused = roi is not None and coordinates != "tf_crop_and_resize"
+        yield Finding("a roi is given", rewrite="resize roi" if is_unused else "")
     if (mode, coordinates, rounding) not in _RESIZES:
         cure = "use align_corners=False" if coordinates == "align_corners" else ""
         yield Finding(f"{mode}, {coordinates}, {rounding}", cure)
@@ -408,11 +409,12 @@ def _slice(node: Node) -> Findings:
     if starts is None or (node.has(3) and axes is None) or (node.has(4) and steps is None):
         yield Finding("starts, axes and steps must be constants")
         return
-    along = [int(a) % len(shape) for a in (range(starts.size) if axes is None else axes)]
-    if axes is None or len(along) != 1:
-        rewrite = "slice per axis" if along else ""
-        yield Finding(f"it slices {len(along)} axes at once", rewrite=rewrite)
-    for axis, step in zip(along, [1] * len(along) if steps is None else steps, strict=True):
+    numbers = range(starts.size) if axes is None else axes
+    slice_axes = [int(number) % len(shape) for number in numbers]
+    if axes is None or len(slice_axes) != 1:
+        rewrite = "slice per axis" if slice_axes else ""
+        yield Finding(f"it slices {len(slice_axes)} axes at once", rewrite=rewrite)
+    for axis, step in zip(slice_axes, [1] * len(numbers) if steps is None else steps, strict=True):
         if axis != 1 and step != 1:
             yield Finding(f"step {step} along axis {axis}")
         channels = shape[1] if len(shape) > 1 else 0

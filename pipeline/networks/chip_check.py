@@ -93,7 +93,7 @@ def document(model: str, legalized: Legalized) -> dict[str, Any]:
     report = legalized.report
     return {
         "model": model,
-        "runs": not report.refused,
+        "runs": not report.refusals,
         "macs": report.macs,
         "share_on_chip": report.share_on_chip,
         "nodes": [asdict(node) for node in report.nodes],

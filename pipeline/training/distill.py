@@ -138,7 +138,7 @@ def _check_operators(stage: Job, params: DistillParams, job: TrainingJob) -> Ope
     return OperatorFacts(
         macs=report.macs,
         share_on_chip=report.share_on_chip,
-        refused=tuple(f"{node.op_type} {node.name}: {node.reason}" for node in report.refused),
+        refused=tuple(f"{node.op_type} {node.name}: {node.reason}" for node in report.refusals),
         rewrites=(),
     )
 

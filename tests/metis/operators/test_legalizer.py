@@ -242,10 +242,10 @@ def test_a_rewrite_cures_what_asks_for_it_and_computes_the_same(name, model, lef
     assert {rewrite.name for rewrite in legalized.rewrites} == {name}
     assert all(rewrite.words and rewrite.node for rewrite in legalized.rewrites)
     assert legalized.report == check_model(legalized.model)
-    assert legalized.report.refused == []
-    if name in REWRITES and before.refused:
+    assert legalized.report.refusals == []
+    if name in REWRITES and before.refusals:
         assert before.fatal == []
-        assert name in {n for entry in before.refused for n in entry.rewrites}
+        assert name in {n for entry in before.refusals for n in entry.rewrites}
     assert operators(legalized.model) == left
     onnx.checker.check_model(legalized.model, full_check=True)
     shape = [d.dim_value or 1 for d in model.graph.input[0].type.tensor_type.shape.dim]
@@ -296,7 +296,7 @@ def test_explicit_pads_are_what_auto_pad_means(auto, kernel, stride, size, opera
         ir_version=8,
     )
     legalized = legalize(model)
-    assert legalized.report.refused == []
+    assert legalized.report.refusals == []
     np.testing.assert_array_equal(answers(legalized.model, x), answers(model, x))
 
 
@@ -311,7 +311,7 @@ def test_rewrites_lead_to_others_until_nothing_is_left_to_do():
     )
     legalized = legalize(model)
     assert operators(legalized.model) == ["Conv", "GlobalAveragePool", "Flatten", "Gemm"]
-    assert legalized.report.refused == []
+    assert legalized.report.refusals == []
     assert legalized.report.share_on_chip == 1.0
     assert legalized.rewrites[0].name == "batch to 1"
     last = legalized.rewrites[-1]

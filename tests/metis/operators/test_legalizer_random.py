@@ -171,7 +171,7 @@ def test_any_curable_graph_becomes_legal_and_computes_the_same(data):
     onnx.checker.check_model(model, full_check=True)
     legalized = legalize(model)
     # A map of 4 channels can't be sliced along height and width.
-    assert {entry.op_type for entry in legalized.report.refused} <= {"Slice"}
+    assert {entry.op_type for entry in legalized.report.refusals} <= {"Slice"}
     onnx.checker.check_model(legalized.model, full_check=True)
     x = np.random.default_rng(1).normal(0, 3, (1, 4, SIZE, SIZE)).astype(np.float32)
     (expected,), (found,) = answers(model, x), answers(legalized.model, x)
@@ -276,7 +276,7 @@ def test_files_of_any_age_are_written_so_that_others_read_them(opset):
         )
     onnx.checker.check_model(model)
     legalized = legalize(model)
-    assert legalized.report.refused == []
+    assert legalized.report.refusals == []
     names = ["batch to 1", "explicit pads", "global pool", "opset", "operand shape"]
     assert sorted(r.name for r in legalized.rewrites) == sorted(names)
     onnx.checker.check_model(legalized.model, full_check=True)

@@ -67,14 +67,14 @@ FAULTS = [
 @pytest.mark.parametrize(("graph", "rewrite"), FAULTS, ids=[name for _, name in FAULTS])
 def test_planted_faults_are_rewritten_checked_again_and_recorded(tmp_path, graph, rewrite):
     path, out = write(tmp_path / "faulty.onnx", **graph), tmp_path / "legal.onnx"
-    assert check_model(onnx.load(path)).refused
+    assert check_model(onnx.load(path)).refusals
     result = kdpipe("check", path, "--json", "--write", out)
     assert (result.returncode, result.stderr) == (0, f"wrote {out}\n")
     found = json.loads(result.stdout)
     assert [r["name"] for r in found["rewrites"]] == [rewrite]
     assert found["runs"] is True
     assert found["max_abs_difference"] <= 1e-5
-    assert check_model(onnx.load(out)).refused == []
+    assert check_model(onnx.load(out)).refusals == []
     x = np.random.default_rng(1).normal(size=(1, 8, 16, 16)).astype(np.float32)
     np.testing.assert_allclose(run(out, x), run(path, x), atol=1e-5)
 
@@ -117,7 +117,7 @@ CLEAN = [
 def test_clean_graphs_are_neither_refused_nor_changed(tmp_path, body):
     path = write(tmp_path / "clean.onnx", body)
     legalized = chip_check.check(str(path), size=None, channels=3)
-    assert legalized.report.refused == []
+    assert legalized.report.refusals == []
     assert legalized.rewrites == ()
     assert legalized.model.SerializeToString() == onnx.load(path).SerializeToString()
 

@@ -188,7 +188,7 @@ def test_the_students_graph_is_rewritten_for_the_chip_and_the_record_says_how(pr
     operators = project.manifest["stages"]["distill"]["facts"]["operators"]
     assert (operators["refused"], operators["share_on_chip"]) == ([], 1.0)
     model = onnx.load(project.artifact("student"))
-    assert check_model(model).refused == []
+    assert check_model(model).refusals == []
     pools = [node.name for node in model.graph.node if node.op_type == "GlobalAveragePool"]
     done = [entry["node"] for entry in operators["rewrites"] if entry["name"] == "global pool"]
     assert done

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import onnx
 
+from metis.graph.edit import attributes_of
 from metis.graph.view import Node, UnknownShapeError
-from metis.operators.hard_patterns import hard_pattern
+from metis.operators.hard_activations import hard_pattern
 from metis.operators.rules import RULES, Finding, in_its_place, is_dense, keeps_order
 
 #: Listed, but for places that no classifier of ours has: judged like those that are not listed.
@@ -21,8 +22,7 @@ UNLISTED = "not listed: host, at the edges of the graph only"
 
 
 def _is_noop(node: onnx.NodeProto) -> bool:
-    perm = [list(a.ints) for a in node.attribute if a.name == "perm"]
-    return node.op_type == "Transpose" and perm == [[0, 1, 2, 3]]
+    return node.op_type == "Transpose" and attributes_of(node).get("perm") == [0, 1, 2, 3]
 
 
 def is_listed(node: onnx.NodeProto) -> bool:
@@ -33,7 +33,7 @@ def is_listed(node: onnx.NodeProto) -> bool:
 def _global_pool(node: Node) -> str:
     """A mean over height and width; without them kept, a Flatten must be able to follow."""
     axes = node.attribute("axes") if node.attribute("axes") is not None else node.value(1)
-    if axes is None or len(node.shape()) != 4 or {int(a) % 4 for a in axes} != {2, 3}:
+    if axes is None or len(node.shape()) != 4 or {int(axis) % 4 for axis in axes} != {2, 3}:
         return ""
     return "global pool" if node.attribute("keepdims", 1) or in_its_place(node) else ""
 
@@ -48,12 +48,12 @@ def _identity(node: Node) -> str:
 
 def _nothing_dropped(node: Node) -> str:
     masks = node.proto.output[1:]
-    read = any(node.graph.consumers(mask) or mask in node.graph.outputs for mask in masks)
+    is_used = any(node.graph.consumers(mask) or mask in node.graph.outputs for mask in masks)
     drops = node.has(2) and node.scalar(2) != 0
-    return "" if read or drops else _identity(node)
+    return "" if is_used or drops else _identity(node)
 
 
-_RESCUES: dict[str, Callable[[Node], str]] = {
+_REWRITES: dict[str, Callable[[Node], str]] = {
     "Div": lambda node: (hard_pattern(node) or ("",))[0],
     "Dropout": _nothing_dropped,
     "Identity": _identity,
@@ -72,20 +72,20 @@ _ADVICE = {
 }
 
 
-def _unlisted(node: Node) -> Finding:
+def _judge_unlisted(node: Node) -> Finding:
     op_type = node.proto.op_type
-    rewrite = _RESCUES[op_type](node) if op_type in _RESCUES else ""
+    rewrite = _REWRITES[op_type](node) if op_type in _REWRITES else ""
     reason = ELSEWHERE.get(op_type, "not in the list of operators")
     return Finding(reason, _ADVICE.get(op_type, ""), rewrite)
 
 
-def find(node: Node) -> list[Finding]:
+def judge(node: Node) -> list[Finding]:
     """What the rules have to say about a node; nothing when it simply runs on the chip."""
     if all(node.graph.is_fixed(name) for name in node.proto.output):
         return [Finding("it computes a constant", rewrite="constants")]
     try:
         if not is_listed(node.proto):
-            return [_unlisted(node)]
+            return [_judge_unlisted(node)]
         check = RULES[node.proto.op_type][1] if node.proto.op_type in RULES else None
         return list(check(node)) if check is not None else []
     except UnknownShapeError as unknown:

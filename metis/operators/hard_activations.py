@@ -35,13 +35,13 @@ def hard_pattern(node: Node) -> tuple[str, str] | None:
     numerator = _sixfold(node)
     if numerator is None or numerator.out != node.out:
         return None
-    shifted = shifted_by_3(numerator)
-    if shifted is not None:
-        return "hard sigmoid", shifted
+    source = shifted_by_3(numerator)
+    if source is not None:
+        return "hard sigmoid", source
     if numerator.proto.op_type == "Mul":
         for clip, x in ((0, 1), (1, 0)):
-            maker = numerator.producer(clip)
-            if maker is not None and shifted_by_3(maker) == numerator.proto.input[x]:
+            producer = numerator.producer(clip)
+            if producer is not None and shifted_by_3(producer) == numerator.proto.input[x]:
                 return "hard swish", numerator.proto.input[x]
     return None
 
@@ -50,8 +50,8 @@ def _sixfold(node: Node) -> Node | None:
     """What a Div divides by 6, or a Mul multiplies by 1/6."""
     if node.proto.op_type == "Div":
         return node.producer(0) if node.scalar(1) == 6.0 else None
-    for factor, other in ((0, 1), (1, 0)):
+    for factor, operand in ((0, 1), (1, 0)):
         value = node.scalar(factor)
         if value is not None and abs(value - 1 / 6) < _TOLERANCE:
-            return node.producer(other)
+            return node.producer(operand)
     return None
