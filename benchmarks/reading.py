@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from pipeline.data.formats.so2sat_h5 import open_so2sat
-from pipeline.data.source import PatchSource, cached
+from pipeline.data.source import PatchSource, copy_bands
 from pipeline.data.synthetic import write_so2sat
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main() -> None:
 def rates(path: Path, cache: Path) -> dict[str, float]:
     """Patches per second of every way, the median of interleaved runs."""
     source = open_so2sat(path, {"optical": "sen2"}, "label")
-    copy = cached(source, {"optical": BANDS}, path.name, cache, 512)
+    copy = copy_bands(source, {"optical": BANDS}, path.name, cache, 512)
     order = np.random.default_rng(0).permutation(PATCHES)
     ways: dict[str, Callable[[], int]] = {
         "open the file per sample": lambda: open_per_sample(path, order[:SAMPLES]),

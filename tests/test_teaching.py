@@ -17,7 +17,7 @@ from tiny_project import make_teacher
 
 from pipeline.data.dataset import DatasetSplit
 from pipeline.teachers.ensemble import combine
-from pipeline.teachers.soft_targets import Teaching
+from pipeline.teachers.soft_targets import SoftTargets
 from pipeline.training.losses.kl import kl_loss
 
 
@@ -26,7 +26,7 @@ def facts(project, stage):
 
 
 def teaching_of(project):
-    return Teaching(project.artifact("teaching"), project.artifact("contract"))
+    return SoftTargets(project.artifact("teaching"), project.artifact("contract"))
 
 
 def test_live_teachers_say_for_every_view_what_was_cached(project):
@@ -41,7 +41,7 @@ def test_live_teachers_say_for_every_view_what_was_cached(project):
         indices = np.array([3, 7, 20])
         for split in ("train", "unlabeled"):
             for view in range(3):
-                answers[mode, split, view] = teaching_of(project).answer(split, indices, view)
+                answers[mode, split, view] = teaching_of(project).outputs(split, indices, view)
     student = torch.zeros(3, 3)
     for split in ("train", "unlabeled"):
         for view in range(3):
@@ -132,7 +132,7 @@ def test_a_torch_teacher_with_local_weights(project, suffix):
     assert result.returncode == 0, result.stderr
     member = facts(project, "ingest")["teachers"]["members"][1]
     assert (member["name"], member["opset"]) == ("torch", None)
-    answer = teaching_of(project).answer("train", np.arange(4), 0)
+    answer = teaching_of(project).outputs("train", np.arange(4), 0)
     assert answer.features[0].shape[0] == 4
     assert answer.features[0].ndim == 4
     if suffix == "pth":

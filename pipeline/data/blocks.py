@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pipeline.data.prefetch import prefetched
+from pipeline.data.prefetch import prefetch
 from pipeline.data.source import pick_bands
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class BlockReader:
 
     def __iter__(self) -> Iterator[Block]:
         """Blocks, each read in a thread of its own while the one before is in use."""
-        return prefetched(self._blocks())
+        return prefetch(self._blocks())
 
     def _blocks(self) -> Iterator[Block]:
         split = self._split
@@ -109,7 +109,7 @@ class BlockReader:
         while start < len(split):
             piece = split.rows[start : start + min(PIECE, size - filled)]
             start += len(piece)
-            good, stored = self._read(piece)
+            good, stored = self._read_rows(piece)
             end = filled + len(good)
             rows[filled:end] = good
             for modality, values in stored.items():
@@ -120,11 +120,11 @@ class BlockReader:
                 yield Block(rows[:filled].copy(), self._bands, patches)
                 number, filled = number + 1, 0
 
-    def _read(
+    def _read_rows(
         self, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], dict[str, NDArray[np.generic]]]:
         """The good ones of some rows, and their stored values by modality."""
-        stored = {m: self._split.source.read(m, rows, some) for m, some in self._bands.items()}
+        stored = {m: self._split.source.read(m, rows, bands) for m, bands in self._bands.items()}
         extremes = {modality: _extremes(values) for modality, values in stored.items()}
         # An extreme is finite only where every value is.
         if not all(np.isfinite(values).all() for pair in extremes.values() for values in pair):

@@ -95,7 +95,7 @@ def report_leaks(
     """Patches that two splits share, as facts, each told as a warning."""
     leaks = find_leaks(surveys)
     for leak in leaks:
-        rows = ", ".join(f"{a} = {b}" for a, b in leak.pairs)
+        rows = ", ".join(f"{first} = {second}" for first, second in leak.pairs)
         message = (
             f"{leak.count} patches of {leak.one} are in {leak.other} too (row of {leak.one} = row "
             f"of {leak.other}): {rows}" + (", ..." if leak.count > len(leak.pairs) else "")
@@ -148,13 +148,13 @@ def band_table(
             band=band,
             minimum=float(statistics[modality].minimum[i]),
             maximum=float(statistics[modality].maximum[i]),
-            mu_contract=some.zscore.mu[i] if some.zscore else None,
+            mu_contract=bound.zscore.mu[i] if bound.zscore else None,
             mu_data=float(statistics[modality].mean[i]),
-            sigma_contract=some.zscore.sigma[i] if some.zscore else None,
+            sigma_contract=bound.zscore.sigma[i] if bound.zscore else None,
             sigma_data=float(statistics[modality].sigma[i]),
         )
-        for modality, some in channels.items()
-        for i, band in enumerate(some.bands)
+        for modality, bound in channels.items()
+        for i, band in enumerate(bound.bands)
     )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def prefetched(items: Iterable[T]) -> Iterator[T]:
+def prefetch(items: Iterable[T]) -> Iterator[T]:
     """The same items, each made in a thread of its own while the one before is in use.
 
     NumPy, h5py and onnxruntime release the interpreter while they work. An error of the maker comes

@@ -121,7 +121,7 @@ def common_length(path: Path, lengths: Mapping[str, int]) -> int:
     return next(iter(lengths.values()))
 
 
-def cached(
+def copy_bands(
     source: PatchSource, bands: Mapping[str, Sequence[int]], digest: str, folder: Path, block: int
 ) -> PatchSource:
     """The same source over a copy of just the bands that somebody sees, float32, mapped.
@@ -137,18 +137,20 @@ def cached(
         block: rows read at a time.
     """
     maps = {}
-    for modality, some in bands.items():
-        key = sha256(json.dumps([1, digest, modality, list(some)]).encode()).hexdigest()
+    for modality, numbers in bands.items():
+        key = sha256(json.dumps([1, digest, modality, list(numbers)]).encode()).hexdigest()
         path = folder / f"{key}.npy"
         if not path.exists():
-            _write_copy(source, modality, some, path, block)
+            _write_copy(source, modality, numbers, path, block)
         maps[modality] = np.load(path, mmap_mode="r")
 
-    def read(modality: str, rows: NDArray[np.int64], wanted: Sequence[int]) -> NDArray[np.generic]:
-        columns = [bands[modality].index(band) for band in wanted]
+    def read_rows(
+        modality: str, rows: NDArray[np.int64], selected: Sequence[int]
+    ) -> NDArray[np.generic]:
+        columns = [bands[modality].index(band) for band in selected]
         return pick_bands(maps[modality][rows], columns)
 
-    return replace(source, reader=read)
+    return replace(source, reader=read_rows)
 
 
 def _write_copy(

@@ -71,29 +71,28 @@ def open_splits(
             a class in training, or shares rows with another.
     """
     task = task or open_task(DEFAULT_TASK)
-    given = data.splits
-    opened: dict[Path, PatchSource] = {}
+    sources: dict[Path, PatchSource] = {}
     splits: dict[str, Split] = {}
-    for name, params in given.items():
+    for name, params in data.splits.items():
         if params.fraction is None:
             path = files[f"data.{name}"]
-            if path not in opened:
+            if path not in sources:
                 labels = files.get(f"data.{name}.labels")
-                opened[path] = open_source(
+                sources[path] = open_source(
                     data, path, labels, classes if name != "unlabeled" else ()
                 )
             if name != "unlabeled":
-                _check_labels(opened[path], name, len(classes), task)
-            rows = _rows(name, params, opened[path], files.get(f"data.{name}.indices"))
-            splits[name] = Split(name, opened[path], rows)
-    for name, params in given.items():
+                _check_labels(sources[path], name, len(classes), task)
+            rows = _rows(name, params, sources[path], files.get(f"data.{name}.indices"))
+            splits[name] = Split(name, sources[path], rows)
+    for name, params in data.splits.items():
         if params.fraction is not None:
             train = splits["train"]
             drawn = task.stratify(train.labels, params.fraction, seed)
             splits[name] = Split(name, train.source, train.rows[drawn])
             splits["train"] = Split("train", train.source, train.rows[~drawn])
     _check_splits(splits, len(classes))
-    return {name: splits[name] for name in given}
+    return {name: splits[name] for name in data.splits}
 
 
 def _check_labels(source: PatchSource, name: str, classes: int, task: Task) -> None:
@@ -152,14 +151,16 @@ def _check_splits(splits: Mapping[str, Split], classes: int) -> None:
             raise InputError(f"data.{name} has no patches")
     check_classes(splits["train"], classes)
     names = list(splits)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            a, b = splits[one], splits[other]
-            shared = np.intersect1d(a.rows, b.rows) if a.source is b.source else np.empty(0)
+    for i, name in enumerate(names):
+        for second_name in names[i + 1 :]:
+            first, second = splits[name], splits[second_name]
+            if first.source is not second.source:
+                continue
+            shared = np.intersect1d(first.rows, second.rows)
             if len(shared):
                 raise InputError(
-                    f"data.{one} and data.{other} share {len(shared)} rows of "
-                    f"{a.source.path.name}, the first is {shared[0]}; splits must not overlap"
+                    f"data.{name} and data.{second_name} share {len(shared)} rows of "
+                    f"{first.source.path.name}, the first is {shared[0]}; splits must not overlap"
                 )
 
 

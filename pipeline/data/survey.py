@@ -59,8 +59,8 @@ def survey(
         follow: called with every block of good patches, in order: who else needs them.
         progress: called with the number of patches just read.
     """
-    reader = BlockReader(split, {modality: some.bands for modality, some in channels.items()})
-    moments = {m: _Moments(some, _stride(split, m)) for m, some in channels.items()}
+    reader = BlockReader(split, {modality: bound.bands for modality, bound in channels.items()})
+    moments = {m: _Moments(bound, _stride(split, m)) for m, bound in channels.items()}
     rows: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     hashes: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     for block in reader:
@@ -75,7 +75,7 @@ def survey(
         bad=reader.bad,
         rows=good,
         hashes=np.concatenate(hashes),
-        statistics={m: some.result(*reader.extremes(m)) for m, some in moments.items()}
+        statistics={m: totals.result(*reader.extremes(m)) for m, totals in moments.items()}
         if len(good)
         else {},
     )
@@ -169,25 +169,27 @@ class Leak:
     count: int
 
 
-def find_leaks(surveys: Mapping[str, Survey], shown: int = 5) -> list[Leak]:
-    """Patches whose content is in two splits; each leak lists the first `shown` pairs of rows."""
+def find_leaks(surveys: Mapping[str, Survey], limit: int = 5) -> list[Leak]:
+    """Patches whose content is in two splits; each leak lists the first `limit` pairs of rows."""
     leaks = []
     names = list(surveys)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            a, b = surveys[one], surveys[other]
-            _, first, second = np.intersect1d(a.hashes, b.hashes, return_indices=True)
-            if len(first):
-                order = np.argsort(a.rows[first])[:shown]
-                pairs = zip(a.rows[first[order]], b.rows[second[order]], strict=True)
+    for i, name in enumerate(names):
+        for second_name in names[i + 1 :]:
+            first, second = surveys[name], surveys[second_name]
+            _, in_first, in_second = np.intersect1d(
+                first.hashes, second.hashes, return_indices=True
+            )
+            if len(in_first):
+                order = np.argsort(first.rows[in_first])[:limit]
+                pairs = zip(first.rows[in_first[order]], second.rows[in_second[order]], strict=True)
                 listed = tuple((int(x), int(y)) for x, y in pairs)
-                leaks.append(Leak(one, other, listed, len(first)))
+                leaks.append(Leak(name, second_name, listed, len(in_first)))
     return leaks
 
 
 def rows_elsewhere(surveys: Mapping[str, Survey]) -> NDArray[np.int64]:
     """Rows of train whose content is in val or test too, ascending; all of them."""
     train = surveys["train"]
-    others = [surveys[name].hashes for name in ("val", "test") if name in surveys]
-    found: NDArray[np.int64] = np.sort(train.rows[np.isin(train.hashes, np.concatenate(others))])
-    return found
+    hashes = [surveys[name].hashes for name in ("val", "test") if name in surveys]
+    rows: NDArray[np.int64] = np.sort(train.rows[np.isin(train.hashes, np.concatenate(hashes))])
+    return rows

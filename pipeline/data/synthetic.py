@@ -115,12 +115,12 @@ def write_so2sat(
         sen2 = file.create_dataset("sen2", (patches, SIZE, SIZE, len(OPTICAL_BANDS)), np.float64)
         file.create_dataset("label", data=np.eye(CLASSES)[labels])
         for start in range(0, patches, _BLOCK):
-            chosen = labels[start : start + _BLOCK]
-            materials = _material_maps(chosen, random)
-            stop = start + len(chosen)
+            block = labels[start : start + _BLOCK]
+            materials = _material_maps(block, random)
+            stop = start + len(block)
             sen2[start:stop] = _optical(materials, cities, random)
             sen1[start:stop] = _sar(materials, random)
-            progress(len(chosen))
+            progress(len(block))
 
 
 class _Cities:
@@ -137,13 +137,13 @@ def _material_maps(labels: NDArray[np.int64], random: np.random.Generator) -> ND
     for i, label in enumerate(labels):
         # A patch is never the pure class: its shares vary, and another class reaches into it.
         shares = random.dirichlet(_MIXTURES[label] * 24 + 0.02)
-        other = random.dirichlet(_MIXTURES[random.integers(CLASSES)] * 12 + 0.02)
+        neighbor = random.dirichlet(_MIXTURES[random.integers(CLASSES)] * 12 + 0.02)
         blend = random.beta(1, 8)
-        shares = (1 - blend) * shares + blend * other
+        shares = (1 - blend) * shares + blend * neighbor
         cell = min(SIZE, max(1, round(_CELL[label] * random.choice([0.5, 1, 2]))))
         cells = -(-SIZE // cell)
-        drawn = random.choice(len(shares), size=(cells, cells), p=shares)
-        grown = drawn.repeat(cell, axis=0).repeat(cell, axis=1)
+        materials = random.choice(len(shares), size=(cells, cells), p=shares)
+        grown = materials.repeat(cell, axis=0).repeat(cell, axis=1)
         shift = random.integers(cell, size=2)
         maps[i] = np.roll(grown, tuple(shift), axis=(0, 1))[:SIZE, :SIZE]
     return maps
@@ -171,12 +171,12 @@ def _sar(materials: NDArray[np.int64], random: np.random.Generator) -> NDArray[n
     amplitude = _SCATTER[materials] * random.gamma(16, 1 / 16, (*materials.shape[:1], 1, 1))
     cross = amplitude * np.sqrt(_CROSS[materials])
 
-    def speckled(mean: NDArray[np.float64]) -> NDArray[np.complex128]:
+    def speckle(mean: NDArray[np.float64]) -> NDArray[np.complex128]:
         noise = random.normal(0, np.sqrt(0.5), (2, *mean.shape))
         result: NDArray[np.complex128] = mean * (noise[0] + 1j * noise[1])
         return result
 
-    vh, vv = speckled(cross), speckled(amplitude)
+    vh, vv = speckle(cross), speckle(amplitude)
 
     def smooth(intensity: NDArray[np.float64]) -> NDArray[np.float64]:
         mean = intensity

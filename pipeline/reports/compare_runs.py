@@ -34,7 +34,7 @@ from pipeline.reports.confusion import (
 from pipeline.run.errors import InputError, nearest
 from pipeline.run.manifest import load_manifest
 from pipeline.teachers.ensemble import combine
-from pipeline.teachers.soft_targets import Teaching
+from pipeline.teachers.soft_targets import SoftTargets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -182,7 +182,7 @@ def _teachers(
     manifest: Manifest, paths: Artifacts, contract: Contract, root: Path
 ) -> Iterator[tuple[str, LogitBlocks, dict[str, float | None]]]:
     """Each member, then their ensemble; costs of files that are no longer there are None."""
-    teaching = Teaching(paths.teaching, paths.contract)
+    teaching = SoftTargets(paths.teaching, paths.contract)
     ensemble, members = teaching.ensemble, teaching.val_members()
     files = {
         source.path.rpartition("/")[2]: root / source.path

@@ -23,24 +23,24 @@ WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
 
 def sources(params: IngestParams, root: Path) -> dict[str, Path]:
     """The contract, the labels, every data file or folder, every teacher that a pattern matches."""
-    found = {"contract": root / params.contract}
+    paths = {"contract": root / params.contract}
     if params.labels is not None:
-        found["labels"] = root / params.labels
+        paths["labels"] = root / params.labels
     for name, split in params.data.splits.items():
         for key in ("path", "labels", "indices"):
             value = getattr(split, key)
             if value is not None:
-                found[f"data.{name}" if key == "path" else f"data.{name}.{key}"] = root / value
+                paths[f"data.{name}" if key == "path" else f"data.{name}.{key}"] = root / value
     for i, teacher in enumerate(params.teachers):
         if teacher.path is None:
             continue
         if not glob.has_magic(teacher.path):
-            found[f"teachers[{i}]"] = root / teacher.path
+            paths[f"teachers[{i}]"] = root / teacher.path
             continue
         folder, _, pattern = teacher.path.rpartition("/")
         for j, match in enumerate(sorted((root / folder).glob(pattern))):
-            found[f"teachers[{i}].{j}"] = match
-    return found
+            paths[f"teachers[{i}].{j}"] = match
+    return paths
 
 
 def ready(params: IngestParams) -> None:
@@ -67,23 +67,25 @@ def ready(params: IngestParams) -> None:
 
 
 def _ready_split(format: str, name: str, split: SplitParams) -> None:
-    where = f"ingest.data.{name}"
+    key = f"ingest.data.{name}"
     if split.fraction is not None and (split.path or split.rows or split.indices):
-        raise InputError(f"{where}: fraction takes from train; it goes without path and rows")
+        raise InputError(f"{key}: fraction takes from train; it goes without path and rows")
     if split.fraction is not None and name == "train":
-        raise InputError(f"{where}: give the training split a path; others may be fractions")
+        raise InputError(f"{key}: give the training split a path; others may be fractions")
     if split.fraction is None and split.path is None:
-        raise InputError(f"{where}.path is missing: name the file of the {name} split")
+        raise InputError(f"{key}.path is missing: name the file of the {name} split")
     if split.rows and split.indices:
-        raise InputError(f"{where}: rows and indices both say which rows; keep one")
+        raise InputError(f"{key}: rows and indices both say which rows; keep one")
     needs_labels = FORMATS[format].labels_apart and name != "unlabeled"
     if needs_labels and split.path and split.labels is None:
         raise InputError(
-            f"{where}.labels: format {format} keeps labels in a file of their own; name it"
+            f"{key}.labels: format {format} keeps labels in a file of their own; name it"
         )
     if not needs_labels and split.labels is not None:
-        why = "nobody looks at them" if name == "unlabeled" else f"format {format} has them inside"
-        raise InputError(f"{where}.labels: {why}; leave this out")
+        reason = (
+            "nobody looks at them" if name == "unlabeled" else f"format {format} has them inside"
+        )
+        raise InputError(f"{key}.labels: {reason}; leave this out")
 
 
 def run(job: Job, params: IngestParams) -> IngestFacts:

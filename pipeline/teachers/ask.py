@@ -13,20 +13,21 @@ from pipeline.params.ingest import OTHER_PATCHES
 from pipeline.run.errors import InputError
 from pipeline.tasks.task import open_task
 from pipeline.teachers.conventions import (
+    TeacherFigures,
+    check_records,
     describe_ensemble,
     describe_member,
-    missed_records,
     try_conventions,
 )
 from pipeline.teachers.ensemble import (
     Ensemble,
     Member,
-    fitted_temperature,
+    fit_temperature,
     gives_probabilities,
     to_logits,
 )
 from pipeline.teachers.soft_targets import (
-    AnswerWriter,
+    SoftTargetWriter,
     write_ensemble,
     write_live_teachers,
     write_val_members,
@@ -89,10 +90,10 @@ def teach(
     probabilities = _judge_probabilities(outputs())
     logits = list(write_val_members(folder, len(val), _val_logits(outputs(), probabilities)))
     task = open_task(params.task)
-    described = _describe(job, params, task, cache.teachers, val, logits, probabilities)
+    members = _describe(job, params, task, cache.teachers, val, logits, probabilities)
     temperatures = [1.0] * len(logits)
     if params.calibrate_temperatures:
-        temperatures = [fitted_temperature(one, val.labels) for one in logits]
+        temperatures = [fit_temperature(member, val.labels) for member in logits]
     ensemble = _make_ensemble(job, params, cache.teachers, val, probabilities, temperatures)
     write_ensemble(folder, params.teacher_mode, ensemble)
     if params.teacher_mode == "live":
@@ -108,7 +109,7 @@ def teach(
     return EnsembleFacts(
         members=tuple(
             replace(member, temperature=temperature)
-            for member, temperature in zip(described, temperatures, strict=True)
+            for member, temperature in zip(members, temperatures, strict=True)
         ),
         rule=params.combine,
         mode=params.teacher_mode,
@@ -158,14 +159,14 @@ _ValBlock = tuple[slice, list["NDArray[np.float32]"]]
 
 def _val_outputs(cache: LogitCache, val: Split, digest: str) -> Iterator[_ValBlock]:
     """Each teacher's final output for the patches as they are."""
-    for part, outputs in cache.read(val, digest, 1):
+    for part, outputs in cache.read_blocks(val, digest, 1):
         yield part, [first[0] for first, *_ in outputs]
 
 
 def _judge_probabilities(outputs: Iterable[_ValBlock]) -> list[bool]:
     """Of each teacher, whether all its outputs are probabilities."""
-    blocks = [[gives_probabilities(one) for one in block] for _, block in outputs]
-    return [all(same) for same in zip(*blocks, strict=True)]
+    blocks = [[gives_probabilities(output) for output in block] for _, block in outputs]
+    return [all(verdicts) for verdicts in zip(*blocks, strict=True)]
 
 
 def _val_logits(outputs: Iterable[_ValBlock], probabilities: Sequence[bool]) -> Iterator[_ValBlock]:
@@ -176,8 +177,8 @@ def _val_logits(outputs: Iterable[_ValBlock], probabilities: Sequence[bool]) -> 
 def _write_logits(
     cache: LogitCache, ensemble: Ensemble, split: Split, digest: str, views: int, folder: Path
 ) -> None:
-    writer = AnswerWriter(folder, split.name, ensemble, len(split))
-    for part, outputs in cache.read(split, digest, views):
+    writer = SoftTargetWriter(folder, split.name, ensemble, len(split))
+    for part, outputs in cache.read_blocks(split, digest, views):
         writer.add(part, outputs)
 
 
@@ -188,37 +189,16 @@ def _describe(
     teachers: Sequence[Teacher],
     val: Split,
     logits: Sequence[NDArray[np.float32]],
-    probabilities: list[bool],
+    probabilities: Sequence[bool],
 ) -> list[TeacherFacts]:
     """Figures of every teacher; the first one that is not what was recorded ends the stage."""
-    rows = np.unique(np.linspace(0, len(val) - 1, min(SAMPLE, len(val))).round().astype(int))
-    described = []
-    for teacher, found, as_probabilities in zip(teachers, logits, probabilities, strict=True):
-        sample = val.source.read(teacher.modality, val.rows[rows], teacher.bands)
-        figures = describe_member(teacher, found, val.labels, sample, task)
-        missed = missed_records(
-            teacher,
-            figures,
-            params.max_score_difference,
-            params.max_logit_difference,
-            probabilities=as_probabilities,
-        )
-        tried: dict[str, float] = {}
-        doubtful = teacher.params.recorded_score is None and figures.score < params.doubtful_score
-        if missed or doubtful:
-            tried = try_conventions(teacher, sample, val.labels[rows])
-            _point_out(job, teacher, tried, len(rows))
-        if missed:
-            others = params.data.val.fraction is not None
-            raise InputError(
-                f"{teacher.name} is not the teacher that was recorded: on validation "
-                f"{'; '.join(map(str, missed))}. {OTHER_PATCHES if others else ''}Top-1 on "
-                f"{len(rows)} of its patches by convention: {_listed(tried)}"
-            )
+    facts = []
+    for teacher, member, as_probabilities in zip(teachers, logits, probabilities, strict=True):
         ending = "probabilities" if as_probabilities else teacher.ending
+        figures, conventions = _judge(job, params, task, teacher, val, member, as_probabilities)
         if ending != "logits":
             job.warn(_about_softmax(teacher, ending))
-        described.append(
+        facts.append(
             TeacherFacts(
                 name=teacher.name,
                 modality=teacher.modality,
@@ -234,34 +214,69 @@ def _describe(
                 input_min=figures.input_min,
                 input_max=figures.input_max,
                 recorded_score=teacher.params.recorded_score,
-                conventions=tried,
+                conventions=conventions,
                 temperature=1.0,
             )
         )
-    return described
+    return facts
+
+
+def _judge(
+    job: Job,
+    params: IngestParams,
+    task: Task,
+    teacher: Teacher,
+    val: Split,
+    logits: NDArray[np.float32],
+    probabilities: bool,
+) -> tuple[TeacherFigures, dict[str, float]]:
+    """A teacher's figures, and where they are doubtful its score by convention."""
+    rows = np.unique(np.linspace(0, len(val) - 1, min(SAMPLE, len(val))).round().astype(int))
+    sample = val.source.read(teacher.modality, val.rows[rows], teacher.bands)
+    figures = describe_member(teacher, logits, val.labels, sample, task)
+    mismatches = check_records(
+        teacher,
+        figures,
+        params.max_score_difference,
+        params.max_logit_difference,
+        probabilities=probabilities,
+    )
+    recorded = teacher.params.recorded_score is not None
+    if not mismatches and (recorded or figures.score >= params.doubtful_score):
+        return figures, {}
+    tried = try_conventions(teacher, sample, val.labels[rows])
+    _point_out(job, teacher, tried, len(rows))
+    if mismatches:
+        from_train = params.data.val.fraction is not None
+        raise InputError(
+            f"{teacher.name} is not the teacher that was recorded: on validation "
+            f"{'; '.join(map(str, mismatches))}. {OTHER_PATCHES if from_train else ''}Top-1 on "
+            f"{len(rows)} of its patches by convention: {_join(tried)}"
+        )
+    return figures, tried
 
 
 def _point_out(job: Job, teacher: Teacher, tried: dict[str, float], n: int) -> None:
-    own = tried["the contract"]
+    by_contract = tried["the contract"]
     best = max(tried, key=tried.__getitem__)
-    words = f"{teacher.name}: top-1 on {n} validation patches by convention: {_listed(tried)}"
-    if tried[best] > own + _CLEARLY_BETTER:
-        words += f"; it looks as if it was exported for: {best}. Nothing was switched"
-    job.warn(words)
+    message = f"{teacher.name}: top-1 on {n} validation patches by convention: {_join(tried)}"
+    if tried[best] > by_contract + _CLEARLY_BETTER:
+        message += f"; it looks as if it was exported for: {best}. Nothing was switched"
+    job.warn(message)
 
 
-def _listed(tried: Mapping[str, float]) -> str:
-    return ", ".join(f"{words} {value:.3f}" for words, value in tried.items())
+def _join(tried: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in tried.items())
 
 
 def _about_softmax(teacher: Teacher, ending: str) -> str:
     if ending == "softmax cut off":
         return f"{teacher.name} ends in a softmax: the tensor before it is taken as logits"
-    words = (
+    message = (
         f"{teacher.name} gives probabilities: their logarithm is taken as logits, which is the "
         "same at every temperature"
     )
     params = teacher.params
     if params.recorded_logit_mean is None and params.recorded_logit_std is None:
-        return words
-    return f"{words}; the recorded mean and std of logits can't be compared with it"
+        return message
+    return f"{message}; the recorded mean and std of logits can't be compared with it"

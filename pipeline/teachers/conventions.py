@@ -30,16 +30,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Missed:
+class RecordMismatch:
     """A figure of a teacher that is not what was recorded when it was trained."""
 
-    what: str
+    figure: str
     recorded: float
-    found: float
+    measured: float
     limit: float
 
     def __str__(self) -> str:
-        return f"{self.what} {self.found:.4g}, recorded {self.recorded:.4g} (limit {self.limit:g})"
+        return (
+            f"{self.figure} {self.measured:.4g}, recorded {self.recorded:.4g} "
+            f"(limit {self.limit:g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,10 @@ def describe_member(
         task: what a score is; None: the default.
     """
     tensor = teacher.prepare(sample)
-    score, calibration_error = _score(((rows, logits[rows]) for rows in cut(labels)), labels, task)
-    mean, std = mean_and_std(lambda: (logits[rows] for rows in cut(labels)))
+    score, calibration_error = _score(
+        ((rows, logits[rows]) for rows in row_blocks(labels)), labels, task
+    )
+    mean, std = mean_and_std(lambda: (logits[rows] for rows in row_blocks(labels)))
     return TeacherFigures(
         score=score,
         ece_val=calibration_error,
@@ -101,12 +106,14 @@ def describe_ensemble(
     """
 
     def blocks(rule: Rule) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        for rows in cut(labels):
+        for rows in row_blocks(labels):
             yield rows, combine([m[rows] for m in members], weights, rule, temperatures)
 
     rules = {rule: RuleFacts(*_score(blocks(rule), labels, task)) for rule in RULES}
-    classes = [np.concatenate([decide(m[rows]) for rows in cut(labels)]) for m in members]
-    return rules, tuple(tuple(float((a == b).mean()) for b in classes) for a in classes)
+    classes = [np.concatenate([decide(m[rows]) for rows in row_blocks(labels)]) for m in members]
+    return rules, tuple(
+        tuple(float((row == column).mean()) for column in classes) for row in classes
+    )
 
 
 def _score(
@@ -124,19 +131,19 @@ def _score(
     return figures["score"], figures["ece"]
 
 
-def cut(labels: NDArray[np.int64]) -> Iterator[slice]:
+def row_blocks(labels: NDArray[np.int64]) -> Iterator[slice]:
     """The positions of a split, some at a time."""
     return (slice(start, start + BLOCK) for start in range(0, len(labels), BLOCK))
 
 
-def missed_records(
+def check_records(
     teacher: Teacher,
     figures: TeacherFigures,
     max_score: float,
     max_logits: float,
     *,
     probabilities: bool = False,
-) -> list[Missed]:
+) -> list[RecordMismatch]:
     """Which recorded figures a teacher does not reproduce.
 
     Args:
@@ -156,11 +163,11 @@ def missed_records(
         ("logit std", params.recorded_logit_std, figures.logit_std, max_logits * spread),
     )
     return [
-        Missed(what, recorded, found, limit)
-        for what, recorded, found, limit in checks
+        RecordMismatch(figure, recorded, measured, limit)
+        for figure, recorded, measured, limit in checks
         if recorded is not None
-        and not (probabilities and "logit" in what)
-        and not abs(found - recorded) <= limit
+        and not (probabilities and "logit" in figure)
+        and not abs(measured - recorded) <= limit
     ]
 
 
@@ -188,26 +195,26 @@ def _conventions(teacher: Teacher) -> dict[str, Prepare]:
     first_bands = teacher.channels.take(range(len(teacher.bands)))
     interpolation = teacher.params.resize
 
-    def resized(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def resize_values(values: NDArray[np.float32]) -> NDArray[np.float32]:
         return to_nchw(resize_float(values, teacher.size_hw, interpolation))
 
-    def unscored(divisor: float) -> Prepare:
-        return lambda patches: resized(scale(patches, scaling) / np.float32(divisor))
+    def scale_only(divisor: float) -> Prepare:
+        return lambda patches: resize_values(scale(patches, scaling) / np.float32(divisor))
 
     conventions: dict[str, Prepare] = {
         "the contract": teacher.prepare,
-        "no z-score (as if the graph did it)": unscored(1.0),
-        "divided by 255, no z-score": unscored(GREY_MAX),
-        "stored values as they are": lambda patches: resized(patches.astype(np.float32)),
+        "no z-score (as if the graph did it)": scale_only(1.0),
+        "divided by 255, no z-score": scale_only(GREY_MAX),
+        "stored values as they are": lambda patches: resize_values(patches.astype(np.float32)),
         "bands reversed": lambda patches: np.ascontiguousarray(teacher.prepare(patches)[:, ::-1]),
     }
     if zscore is not None:
         mu, sigma = (np.array(v, np.float32) for v in (zscore.mu, zscore.sigma))
 
-        def divided(patches: NDArray[np.generic]) -> NDArray[np.float32]:
-            return resized((scale(patches, scaling) / np.float32(GREY_MAX) - mu) / sigma)
+        def divide_first(patches: NDArray[np.generic]) -> NDArray[np.float32]:
+            return resize_values((scale(patches, scaling) / np.float32(GREY_MAX) - mu) / sigma)
 
-        conventions["divided by 255 before the z-score"] = divided
+        conventions["divided by 255 before the z-score"] = divide_first
         conventions["mu and sigma of the first bands"] = lambda patches: teacher_tensor(
             patches, first_bands, teacher.size_hw, interpolation=interpolation
         )

@@ -68,7 +68,7 @@ def combine(
     return mean.astype(np.float32)
 
 
-def fitted_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
     """The temperature that makes a teacher's probabilities most likely, between 0.05 and 20.
 
     Args:
@@ -89,8 +89,8 @@ def fitted_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -
             parts.append(log_softmax(exact, axis=1)[np.arange(n), labels[rows]])
         return -float(np.concatenate(parts).mean())
 
-    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
-    return float(np.exp(found.x))
+    minimum = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
+    return float(np.exp(minimum.x))
 
 
 @dataclass(frozen=True)

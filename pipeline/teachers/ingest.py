@@ -24,7 +24,7 @@ from pipeline.data.checks import (
 )
 from pipeline.data.encoding import fit_ranges, judge_encoding, make_student_input
 from pipeline.data.image_writer import ImageWriter
-from pipeline.data.source import cached
+from pipeline.data.source import copy_bands
 from pipeline.data.splits import open_splits
 from pipeline.data.survey import rows_elsewhere, survey
 from pipeline.facts import IngestFacts, SplitFacts, ViewFacts
@@ -119,12 +119,12 @@ def ingest(job: Job, params: IngestParams) -> IngestFacts:
         outside = {name: writer.finish(splits[name], student) for name, writer in images.items()}
     unfit = {"elsewhere": rows_elsewhere(surveys).tolist(), "outside": outside["train"]}
     job.outputs.unfit.write_text(json.dumps(unfit) + "\n")
-    described = _describe_splits(inputs, splits, surveys)
+    split_facts = _describe_splits(inputs, splits, surveys)
     synthetic = sorted({s.source.synthetic for s in splits.values() if s.source.synthetic})
-    _write_documents(job, inputs, student, described, synthetic)
+    _write_documents(job, inputs, student, split_facts, synthetic)
     return IngestFacts(
         synthetic=tuple(synthetic),
-        splits=described,
+        splits=split_facts,
         leaks=leaks,
         bands=bands,
         student_input=student,
@@ -193,10 +193,10 @@ def _open_inputs(job: Job, params: IngestParams) -> _Inputs:
 
     teachers, threads = _open_teachers(job, params, contract, task, bind)
     bands = bands_by_modality(params.viewers)
-    channels = {modality: bind(modality, some) for modality, some in bands.items()}
+    channels = {modality: bind(modality, numbers) for modality, numbers in bands.items()}
     digests = {n: params.data.reading(job.digest(s.source.path)) for n, s in splits.items()}
     if params.data.cache:
-        splits = _cached(job, splits, bands, digests)
+        splits = _copy_sources(job, splits, bands, digests)
     return _Inputs(
         task=task,
         contract=contract,
@@ -251,7 +251,7 @@ def _open_cache(
     return LogitCache(teachers, digests, params.views, job.seed, job.cache / "labels")
 
 
-def _cached(
+def _copy_sources(
     job: Job,
     splits: dict[str, Split],
     bands: Mapping[str, tuple[int, ...]],
@@ -259,7 +259,7 @@ def _cached(
 ) -> dict[str, Split]:
     """The same splits over memory-mapped copies of the bands that are needed."""
     copies = {
-        split.source.path: cached(split.source, bands, digests[name], job.cache, BLOCK)
+        split.source.path: copy_bands(split.source, bands, digests[name], job.cache, BLOCK)
         for name, split in splits.items()
     }
     return {
@@ -330,8 +330,8 @@ def _write_documents(
     job.outputs.labels.write_text("".join(f"{label}\n" for label in contract.labels))
     job.outputs.student_input.write_text(student.to_json())
     # Without a word of the test split: nothing that is made may depend on it.
-    others = {n: msgspec.to_builtins(split) for n, split in splits.items() if n != "test"}
-    summary = {"contract": contract.sha256, "synthetic": synthetic, "splits": others}
+    without_test = {n: msgspec.to_builtins(split) for n, split in splits.items() if n != "test"}
+    summary = {"contract": contract.sha256, "synthetic": synthetic, "splits": without_test}
     if inputs.task.name != DEFAULT_TASK:  # artifacts of earlier releases name none
         summary["task"] = inputs.task.name
     (job.outputs.dataset / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")

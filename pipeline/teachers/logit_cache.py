@@ -64,7 +64,7 @@ class LogitCache:
             shard: (i, n): only every n-th block, from the i-th on.
             progress: called with the number of patches of every block that is there.
         """
-        blocks = list(_cut(split))[shard[0] :: shard[1]]
+        blocks = list(_row_blocks(split))[shard[0] :: shard[1]]
         absent = [rows for rows in blocks if not self._is_there(rows, source_digest, views)]
         progress(sum(map(len, blocks)) - sum(map(len, absent)))
         if not absent:
@@ -85,10 +85,10 @@ class LogitCache:
 
     def count_missing(self, split: Split, source_digest: str, views: int) -> tuple[int, int]:
         """How many blocks are still to be made, and of how many."""
-        there = [self._is_there(rows, source_digest, views) for rows in _cut(split)]
-        return there.count(False), len(there)
+        present = [self._is_there(rows, source_digest, views) for rows in _row_blocks(split)]
+        return present.count(False), len(present)
 
-    def read(
+    def read_blocks(
         self, split: Split, source_digest: str, views: int
     ) -> Iterator[tuple[slice, list[list[NDArray[np.float32]]]]]:
         """Read the blocks of a split back, all of which are there.
@@ -98,7 +98,7 @@ class LogitCache:
             first, then its features.
         """
         start = 0
-        for rows in _cut(split):
+        for rows in _row_blocks(split):
             outputs = []
             for path in self._paths(rows, source_digest, views):
                 with np.load(path) as archive:
@@ -108,13 +108,13 @@ class LogitCache:
 
     def _paths(self, rows: NDArray[np.int64], source_digest: str, views: int) -> list[Path]:
         """The file of each teacher for a block of rows."""
-        about = {
+        contents = {
             "source": source_digest,
             "rows": sha256(rows.astype("<i8").tobytes()).hexdigest(),
             "views": [views, msgspec.to_builtins(self.views) if views > 1 else None],
             "seed": self.seed if views > 1 else None,
         }
-        name = sha256(json.dumps(about).encode()).hexdigest()[:32]
+        name = sha256(json.dumps(contents).encode()).hexdigest()[:32]
         return [self.folder / digest[:32] / f"{name}.npz" for digest in self.digests]
 
     def _is_there(self, rows: NDArray[np.int64], source_digest: str, views: int) -> bool:
@@ -134,10 +134,10 @@ class LogitCache:
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, *(np.stack(same) for same in zip(*per_view, strict=True)))
+            np.savez(file, *(np.stack(arrays) for arrays in zip(*per_view, strict=True)))
 
 
-def _cut(split: Split) -> Iterator[NDArray[np.int64]]:
+def _row_blocks(split: Split) -> Iterator[NDArray[np.int64]]:
     """The rows of each block of a split."""
     for start in range(0, len(split), BLOCK):
         yield split.rows[start : start + BLOCK]
@@ -154,5 +154,5 @@ def _is_whole(path: Path) -> bool:
 
 def teacher_digest(teacher: Teacher, contract_sha256: str, file_digests: Sequence[str]) -> str:
     """Everything that decides what a teacher says of a patch."""
-    about = [_SCHEMA, contract_sha256, list(file_digests), teacher.params.inference]
-    return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    contents = [_SCHEMA, contract_sha256, list(file_digests), teacher.params.inference]
+    return sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()

@@ -42,7 +42,7 @@ def open_onnx(
     threads: Threads | None,
 ) -> Teacher:
     """A teacher from its ONNX file; see `open_teacher`."""
-    model, external = _read(path)
+    model, external = _read_model(path)
     source = _only_input(path, model)
     channels_first = contract.layout == "NCHW"
     tensor_type = source.type.tensor_type
@@ -87,12 +87,12 @@ def _session(
     threads: Threads | None,
 ) -> Any:  # noqa: ANN401 - onnxruntime has no types
     """The session of a model, edited where its own output is not the one that is wanted."""
-    wanted = [*(logits or [model.graph.output[0].name]), *features]
+    names = [*(logits or [model.graph.output[0].name]), *features]
     try:
-        if wanted == [value.name for value in model.graph.output]:
+        if names == [value.name for value in model.graph.output]:
             return open_session(path, threads=threads, cuda=True)
-        whole = onnx.load(path)  # with its weights: a model in memory has no folder to look in
-        return open_session(with_outputs(whole, wanted), threads=threads, cuda=True)
+        loaded = onnx.load(path)  # with its weights: a model in memory has no folder to look in
+        return open_session(with_outputs(loaded, names), threads=threads, cuda=True)
     except GraphError as error:
         raise InputError(f"{path.name}: {error}") from error
     except Exception as error:  # onnxruntime's exceptions share no narrower base
@@ -117,7 +117,7 @@ def _check_normalization(
         )
 
 
-def _read(path: Path) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
+def _read_model(path: Path) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
     """Parse and check an ONNX file; its weights outside must lie in its own folder."""
     try:
         model = onnx.load(path, load_external_data=False)
@@ -144,8 +144,8 @@ def _read(path: Path) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
 
 def _only_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
     inputs = graph_inputs(model)
-    for what, values in (("inputs", inputs), ("outputs", list(model.graph.output))):
+    for kind, values in (("inputs", inputs), ("outputs", list(model.graph.output))):
         if len(values) != 1:
             names = ", ".join(value.name for value in values) or "none"
-            raise InputError(f"{path.name} has {len(values)} {what} ({names}); a teacher has one")
+            raise InputError(f"{path.name} has {len(values)} {kind} ({names}); a teacher has one")
     return inputs[0]

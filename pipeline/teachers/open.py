@@ -100,12 +100,12 @@ def choose_threads(teacher: Teacher) -> Threads | None:
 
 def _check_output(teacher: Teacher, contract: Contract, task: Task) -> None:
     """Run one patch of zeros: the output must be what the task needs."""
-    shown = teacher.files[0].name if teacher.files else teacher.name
+    name = teacher.files[0].name if teacher.files else teacher.name
     height, width = teacher.size_hw
     zeros = np.zeros((1, height, width, len(teacher.bands)), np.float32)
     try:
         output = teacher.outputs(zeros)[0]
     except Exception as error:  # onnxruntime's exceptions share no narrower base
-        raise InputError(f"{shown} fails on a patch: {first_line(error)}") from error
+        raise InputError(f"{name} fails on a patch: {first_line(error)}") from error
     if fault := task.output_fault(output.shape, len(contract.labels), teacher.size_hw):
-        raise InputError(f"{shown} {fault}")
+        raise InputError(f"{name} {fault}")

@@ -1,4 +1,4 @@
-"""What ingest hands to distill besides images: the answers of the teachers, or the teachers."""
+"""What ingest hands to distill besides images: soft targets, or the teachers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answer:
+class EnsembleOutputs:
     """What the ensemble says of a batch."""
 
     logits: NDArray[np.float32]  # (n, classes)
     features: list[NDArray[np.float32]]  # (n, ...) each, in the order of `feature_names`
 
 
-class Teaching:
+class SoftTargets:
     """The artifact `teaching`: read it by split, view and index.
 
     The folder holds ensemble.json; cached: <split>-logits.npy (views, N, classes) and
@@ -58,7 +58,7 @@ class Teaching:
         self._arrays: dict[str, NDArray[Any]] = {}
         self._teachers: list[Teacher] | None = None
 
-    def answer(self, split: str, indices: NDArray[np.int64], view: int) -> Answer:
+    def outputs(self, split: str, indices: NDArray[np.int64], view: int) -> EnsembleOutputs:
         """What the ensemble says of some patches of a split.
 
         Args:
@@ -70,7 +70,7 @@ class Teaching:
             return self._ask(split, indices, view)
         names = ["logits", *(f"feature{i}" for i in range(len(self.ensemble.feature_names)))]
         logits, *features = (self._array(f"{split}-{name}")[view, indices] for name in names)
-        return Answer(logits, features)
+        return EnsembleOutputs(logits, features)
 
     def val_members(self) -> NDArray[np.float32]:
         """Logits of every member for the validation split, (members, N, classes)."""
@@ -81,7 +81,7 @@ class Teaching:
             self._arrays[name] = np.load(self._folder / f"{name}.npy", mmap_mode="r")
         return self._arrays[name]
 
-    def _ask(self, split: str, indices: NDArray[np.int64], view: int) -> Answer:
+    def _ask(self, split: str, indices: NDArray[np.int64], view: int) -> EnsembleOutputs:
         if self._teachers is None:
             contract = load_contract(self._contract)
             files = [
@@ -108,7 +108,8 @@ class Teaching:
         block = Block(rows, bands, patches)
         outputs = [t.outputs(block.select(t)) for t in self._teachers]
         logits = self.ensemble.logits([first for first, *_ in outputs])
-        return Answer(logits, [feature for _, *features in outputs for feature in features])
+        features = [feature for _, *rest in outputs for feature in rest]
+        return EnsembleOutputs(logits, features)
 
     def _file(self, member: int) -> Path | None:
         folder = self._folder / "teachers" / str(member)
@@ -143,8 +144,8 @@ def write_val_members(
         for row, logits in zip(file, members, strict=True):
             row[part] = logits
     del file  # written; what is mapped anew can't be changed
-    written: NDArray[np.float32] = np.load(path, mmap_mode="r")
-    return written
+    mapped: NDArray[np.float32] = np.load(path, mmap_mode="r")
+    return mapped
 
 
 def write_ensemble(folder: Path, mode: str, ensemble: Ensemble) -> None:
@@ -153,7 +154,7 @@ def write_ensemble(folder: Path, mode: str, ensemble: Ensemble) -> None:
     (folder / "ensemble.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
-class AnswerWriter:
+class SoftTargetWriter:
     """Fills the cached arrays of one split, block by block."""
 
     def __init__(self, folder: Path, split: str, ensemble: Ensemble, count: int) -> None:
@@ -164,7 +165,7 @@ class AnswerWriter:
         self._arrays: list[NDArray[np.float32]] = []
 
     def add(self, part: slice, outputs: Sequence[Sequence[NDArray[np.float32]]]) -> None:
-        """Keep the answers to some patches; per member its outputs (views, n, ...)."""
+        """Keep what the teachers say of some patches; per member its outputs (views, n, ...)."""
         views, n, *rest = outputs[0][0].shape
         flat = [first.reshape(views * n, *rest) for first, *_ in outputs]
         logits = self._ensemble.logits(flat).reshape(views, n, *rest)
@@ -180,8 +181,8 @@ class AnswerWriter:
                 )
                 for name, array in zip(names, arrays, strict=True)
             ]
-        for kept, array in zip(self._arrays, arrays, strict=True):
-            kept[:, part] = array
+        for target, array in zip(self._arrays, arrays, strict=True):
+            target[:, part] = array
 
 
 def write_live_teachers(folder: Path, teachers: Sequence[Teacher]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.prefetch import prefetched
+from pipeline.data.prefetch import prefetch
 from preprocessing.apply import teacher_tensor
 from preprocessing.scores import without_positions
 
@@ -76,12 +76,12 @@ class Teacher:
             float32: its final output (N, classes, ...), then every tensor of `params.features`.
         """
         step = self.batch or BATCH
-        tensors = prefetched(self._batches(patches, step, prepare or self.prepare))
+        tensors = prefetch(self._batches(patches, step, prepare or self.prepare))
         parts = [
             [part[:count].astype(np.float32) for part in self._run(tensor)]
             for tensor, count in tensors
         ]
-        first, *features = (np.concatenate(same) for same in zip(*parts, strict=True))
+        first, *features = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return [without_positions(first), *features]
 
     def _batches(

@@ -43,15 +43,15 @@ def open_torch_teacher(
         InputError: no such network, weights that do not fit, a head of other classes, no network.
     """
     assert params.timm is not None
-    network = _pretrained(params) if path is None else _from_file(path, params, contract)
+    network = _download(params) if path is None else _from_file(path, params, contract)
     network.eval().requires_grad_(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = _WithFeatures(network, params).to(device)
+    with_features = _WithFeatures(network, params).to(device)
 
     def infer(tensor: NDArray[Any]) -> list[NDArray[Any]]:
         with torch.inference_mode():
-            found = wanted(torch.from_numpy(tensor).to(device))
-        return [value.float().cpu().numpy() for value in found]
+            outputs = with_features(torch.from_numpy(tensor).to(device))
+        return [value.float().cpu().numpy() for value in outputs]
 
     return Teacher(
         name=path.stem if path else params.timm.rpartition("/")[2],
@@ -68,11 +68,11 @@ def open_torch_teacher(
     )
 
 
-def write_onnx(path: Path, params: TeacherParams, contract: Contract, into: Path) -> int:
+def write_onnx(path: Path, params: TeacherParams, contract: Contract, dest: Path) -> int:
     """Write a torch teacher as ONNX, batch 1; return its number of parameters."""
     network = _from_file(path, params, contract).eval()
     example = torch.zeros(1, len(params.bands), *contract.size_hw)
-    torch.onnx.export(network, (example,), str(into), opset_version=17, dynamo=False)
+    torch.onnx.export(network, (example,), str(dest), opset_version=17, dynamo=False)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -88,7 +88,7 @@ def _from_file(path: Path, params: TeacherParams, contract: Contract) -> nn.Modu
     return network
 
 
-def _pretrained(params: TeacherParams) -> nn.Module:
+def _download(params: TeacherParams) -> nn.Module:
     """Weights from a hub; never with a head that was not trained for these classes."""
     assert params.timm is not None
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from pipeline.teachers.soft_targets import Teaching
+    from pipeline.teachers.soft_targets import SoftTargets
     from preprocessing.student_input import StudentInput
 
 
@@ -43,7 +43,7 @@ class StudentBatches(Dataset[Batch]):
         self,
         splits: Mapping[str, DatasetSplit],
         given: StudentInput,
-        teaching: Teaching | None,
+        teaching: SoftTargets | None,
         *,
         answers: bool = True,
     ) -> None:
@@ -97,9 +97,9 @@ class StudentBatches(Dataset[Batch]):
             ensemble = self._teaching.ensemble
             images = take_view(images, split.rows[own], view, ensemble.views, ensemble.seed)
             if self._answers:
-                answer = self._teaching.answer(name, own, view)
-                logits = torch.from_numpy(answer.logits)
-                features = [torch.from_numpy(feature) for feature in answer.features]
+                outputs = self._teaching.outputs(name, own, view)
+                logits = torch.from_numpy(outputs.logits)
+                features = [torch.from_numpy(feature) for feature in outputs.features]
         tensor = torch.from_numpy(student_tensor(images, self._given))
         return Batch(tensor, torch.from_numpy(split.labels[own]), logits, features)
 

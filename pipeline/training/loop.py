@@ -28,7 +28,7 @@ from pipeline.networks.build import build_student, checkpoint_gradients
 from pipeline.params.distill import DistillParams
 from pipeline.run.files import write_atomically
 from pipeline.run.processes import announce
-from pipeline.teachers.soft_targets import Teaching
+from pipeline.teachers.soft_targets import SoftTargets
 from pipeline.training.batches import (
     InOrder,
     Order,
@@ -187,7 +187,7 @@ def _module(
 ) -> tuple[Distillation, DataLoader[Batch]]:
     """The student with its losses, and the batches that it learns from."""
     params = job.params
-    teaching = Teaching(Path(job.teaching), Path(job.contract))
+    teaching = SoftTargets(Path(job.teaching), Path(job.contract))
     by_ensemble = job.soft and params.teacher == "ensemble"
     data = StudentBatches(_splits(job), job.data.student_input, teaching, answers=by_ensemble)
     order = _order(job, data, teaching, trainer.world_size, trainer.global_rank)
@@ -281,7 +281,7 @@ def _splits(job: TrainingJob) -> dict[str, DatasetSplit]:
 
 
 def _order(
-    job: TrainingJob, data: StudentBatches, teaching: Teaching, processes: int, rank: int
+    job: TrainingJob, data: StudentBatches, teaching: SoftTargets, processes: int, rank: int
 ) -> Order:
     """The batches of an epoch; a training without teacher takes as many steps as one with."""
     params = job.params
@@ -306,7 +306,7 @@ def _order(
 
 
 def _taps(
-    job: TrainingJob, student: nn.Module, data: StudentBatches, teaching: Teaching
+    job: TrainingJob, student: nn.Module, data: StudentBatches, teaching: SoftTargets
 ) -> FeatureTaps | None:
     if not job.with_teacher or not job.params.features:
         return None

@@ -42,12 +42,12 @@ def open_image_folder(path: Path, modality: str, classes: Sequence[str]) -> Patc
     if not classes:
         files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES]
         return _image_source(path, modality, files, None)
-    found = sorted(p.name for p in path.iterdir() if p.is_dir())
-    named = list(classes) if set(found) == set(classes) else class_folders(classes)
-    if set(found) != set(named):
+    folders = sorted(p.name for p in path.iterdir() if p.is_dir())
+    named = list(classes) if set(folders) == set(classes) else class_folders(classes)
+    if set(folders) != set(named):
         raise InputError(
-            f"{path.name}: its folders are {', '.join(found) or 'none'}; needed is one per class, "
-            f"called {', '.join(classes)} or {', '.join(class_folders(classes))}"
+            f"{path.name}: its folders are {', '.join(folders) or 'none'}; needed is one per "
+            f"class, called {', '.join(classes)} or {', '.join(class_folders(classes))}"
         )
     files = []
     labels: list[int] = []
@@ -65,7 +65,9 @@ def _image_source(
         raise InputError(f"{path.name}: no image ({', '.join(SUFFIXES)}) in it")
     height, width, channels = _image(path, files[0]).shape
 
-    def read(modality: str, rows: NDArray[np.int64], bands: Sequence[int]) -> NDArray[np.generic]:
+    def read_rows(
+        modality: str, rows: NDArray[np.int64], bands: Sequence[int]
+    ) -> NDArray[np.generic]:
         images = []
         for row in rows.tolist():
             image = _image(path, files[row])
@@ -82,7 +84,7 @@ def _image_source(
         count=len(files),
         shapes={modality: (height, width, channels)},
         labels=labels,
-        reader=read,
+        reader=read_rows,
     )
 
 
@@ -90,8 +92,8 @@ def _image(folder: Path, file: Path) -> NDArray[Any]:
     try:
         return read_image(file)
     except (OSError, ValueError) as error:
-        shown = file.relative_to(folder.parent)
-        raise InputError(f"{shown} is not a readable image: {error}") from error
+        name = file.relative_to(folder.parent)
+        raise InputError(f"{name} is not a readable image: {error}") from error
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")

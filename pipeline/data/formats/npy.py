@@ -62,7 +62,7 @@ def array_source(
     return PatchSource(
         path=path,
         count=common_length(path, lengths),
-        shapes={m: (a.shape[1], a.shape[2], a.shape[3]) for m, a in arrays.items()},
+        shapes={m: array.shape[1:] for m, array in arrays.items()},
         labels=labels,
         reader=lambda modality, rows, bands: pick_bands(arrays[modality][rows], bands),
     )

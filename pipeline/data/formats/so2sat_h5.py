@@ -53,7 +53,9 @@ def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> Patch
         indices = _from_one_hot(path, np.asarray(_dataset(path, file, labels)), labels)
         lengths[labels] = len(indices)
 
-    def read(modality: str, rows: NDArray[np.int64], bands: Sequence[int]) -> NDArray[np.generic]:
+    def read_rows(
+        modality: str, rows: NDArray[np.int64], bands: Sequence[int]
+    ) -> NDArray[np.generic]:
         parts = []
         # Contiguous slabs, never a list of indices: on files with a chunk per patch h5py is slower
         # with a sorted list than with opening the file for each sample.
@@ -65,8 +67,8 @@ def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> Patch
                     f"{path.name}: {modalities[modality]!r} can't be read in rows {run[0]} to "
                     f"{run[-1]} (truncated?): {error}"
                 ) from error
-            whole = slab if len(slab) == len(run) else slab[run - run[0]]
-            parts.append(pick_bands(whole, bands))
+            patches = slab if len(slab) == len(run) else slab[run - run[0]]
+            parts.append(pick_bands(patches, bands))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return PatchSource(
@@ -74,16 +76,16 @@ def open_so2sat(path: Path, modalities: Mapping[str, str], labels: str) -> Patch
         count=common_length(path, lengths),
         shapes={m: (d.shape[1], d.shape[2], d.shape[3]) for m, d in datasets.items()},
         labels=indices,
-        reader=read,
+        reader=read_rows,
         synthetic=str(file.attrs.get(MARK, "")),
     )
 
 
 def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    found = file.get(key)
-    if not isinstance(found, h5py.Dataset):
+    dataset = file.get(key)
+    if not isinstance(dataset, h5py.Dataset):
         raise InputError(f"{path.name} has no dataset {key!r}; it has {', '.join(file)}")
-    return found
+    return dataset
 
 
 def _from_one_hot(path: Path, labels: NDArray[Any], name: str) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from pipeline.data.formats.image_folder import open_image_folder
 from pipeline.data.formats.npy import open_npy
 from pipeline.data.formats.npz import open_npz
 from pipeline.data.formats.so2sat_h5 import open_so2sat
-from pipeline.data.source import cached, open_source
+from pipeline.data.source import copy_bands, open_source
 from pipeline.data.synthetic import write_so2sat
 from pipeline.params.sources import DataParams
 from pipeline.run.errors import InputError
@@ -277,7 +277,7 @@ def numbered(tmp_path_factory):
 def test_a_copy_holds_the_bands_in_float32_and_is_written_once(so2sat, tmp_path):
     source = open_so2sat(so2sat, BOTH, "label")
     bands = {"optical": [0, 1, 2], "sar": [5]}
-    copy = cached(source, bands, "digest", tmp_path, block=13)
+    copy = copy_bands(source, bands, "digest", tmp_path, block=13)
     rows = rows_of(4, 5, 33)
     assert np.array_equal(
         copy.read("optical", rows, (2, 0)), source.read("optical", rows, (2, 0)).astype(np.float32)
@@ -288,9 +288,9 @@ def test_a_copy_holds_the_bands_in_float32_and_is_written_once(so2sat, tmp_path)
     files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert len(files) == 2
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 60 * 1024 * 4 * 4.1
-    cached(source, bands, "digest", tmp_path, block=13)
+    copy_bands(source, bands, "digest", tmp_path, block=13)
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == files
-    cached(source, bands, "another", tmp_path, block=13)
+    copy_bands(source, bands, "another", tmp_path, block=13)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -303,5 +303,5 @@ def test_a_copy_that_fails_leaves_nothing(numbered, tmp_path):
         return np.zeros((len(rows), 1, 1, 1))
 
     with pytest.raises(InputError, match="row 100"):
-        cached(replace(numbered, reader=broken), {"optical": [0]}, "d", tmp_path, block=100)
+        copy_bands(replace(numbered, reader=broken), {"optical": [0]}, "d", tmp_path, block=100)
     assert list(tmp_path.iterdir()) == []

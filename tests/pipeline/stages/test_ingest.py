@@ -6,7 +6,7 @@ import pytest
 from tiny_project import make_teacher
 
 from pipeline.data.dataset import DatasetSplit
-from pipeline.teachers.soft_targets import Teaching
+from pipeline.teachers.soft_targets import SoftTargets
 from preprocessing.apply import encode, teacher_tensor
 from preprocessing.contract import load_contract
 from preprocessing.student_input import StudentInput
@@ -19,8 +19,8 @@ def facts(project):
 def test_cached_logits_are_the_ensembles_on_each_training_sample(finished):
     contract = load_contract(finished.root / "preprocessing.json")
     train = DatasetSplit.load(finished.artifact("dataset") / "train")
-    teaching = Teaching(finished.artifact("teaching"), finished.artifact("contract"))
-    cached = teaching.answer("train", np.arange(len(train.labels)), 0).logits
+    teaching = SoftTargets(finished.artifact("teaching"), finished.artifact("contract"))
+    cached = teaching.outputs("train", np.arange(len(train.labels)), 0).logits
     assert cached.shape == (len(train.labels), 3)
     patches = np.load(finished.root / "train.npz")["images"]
     direct = []

@@ -11,9 +11,9 @@ from tiny_project import make_contract, make_patches, make_teacher
 
 from pipeline.params.sources import TeacherParams
 from pipeline.teachers.conventions import (
+    check_records,
     describe_ensemble,
     describe_member,
-    missed_records,
     try_conventions,
 )
 from pipeline.teachers.open import open_teacher
@@ -117,10 +117,10 @@ def test_records_that_are_reproduced_pass_and_others_do_not(tmp_path, data):
         "recorded_logit_std": figures.logit_std,
     }
     same = teacher_for(tmp_path, made, made, **recorded)
-    assert missed_records(same, described(same, data), 0.005, 0.1) == []
+    assert check_records(same, described(same, data), 0.005, 0.1) == []
     shifted = replace(described(same, data), logit_mean=9.0)
-    assert [m.what for m in missed_records(same, shifted, 0.005, 0.1)] == ["mean logit"]
-    assert missed_records(same, shifted, 0.005, 0.1, probabilities=True) == []
+    assert [m.figure for m in check_records(same, shifted, 0.005, 0.1)] == ["mean logit"]
+    assert check_records(same, shifted, 0.005, 0.1, probabilities=True) == []
 
     extra_relu = onnx.load(tmp_path / "t.onnx")
     nodes = extra_relu.graph.node
@@ -135,7 +135,7 @@ def test_records_that_are_reproduced_pass_and_others_do_not(tmp_path, data):
         contract,
         contract.bind(same.params.modality, same.params.bands, 4),
     )
-    missed = missed_records(wrong, described(wrong, data), 0.005, 0.1)
+    missed = check_records(wrong, described(wrong, data), 0.005, 0.1)
     assert missed
     assert "recorded" in str(missed[0])
 
@@ -144,7 +144,7 @@ def test_records_that_are_reproduced_pass_and_others_do_not(tmp_path, data):
     wrong = open_teacher(
         tmp_path / "t.onnx", swapped, contract, contract.bind(swapped.modality, swapped.bands, 4)
     )
-    assert missed_records(wrong, described(wrong, data), 0.005, 0.1)
+    assert check_records(wrong, described(wrong, data), 0.005, 0.1)
 
 
 def test_the_ensemble_is_described_under_both_rules():

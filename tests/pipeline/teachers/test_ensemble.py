@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.teachers.ensemble import combine, fitted_temperature, gives_probabilities, to_logits
+from pipeline.teachers.ensemble import combine, fit_temperature, gives_probabilities, to_logits
 
 LOGITS = arrays(np.float32, (7, 4), elements=st.floats(-20, 20, width=32))
 
@@ -55,5 +55,5 @@ def test_a_temperature_that_was_put_on_is_found_again(temperature):
     random = np.random.default_rng(0)
     logits = random.normal(0, 2, (20_000, 4))
     labels = np.array([random.choice(4, p=p) for p in softmax(logits)])
-    found = fitted_temperature((logits * temperature).astype(np.float32), labels)
+    found = fit_temperature((logits * temperature).astype(np.float32), labels)
     assert found == pytest.approx(temperature, rel=0.05)

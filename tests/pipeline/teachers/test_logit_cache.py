@@ -50,7 +50,7 @@ def test_the_answers_are_those_of_the_teachers_to_each_view(asked):
     cache.fill(split, "s", 3)
     patches = split.source.read("optical", split.rows, range(4))
     whole = [[], []]
-    for part, found in cache.read(split, "s", 3):
+    for part, found in cache.read_blocks(split, "s", 3):
         assert found[0][0].shape == (3, part.stop - part.start, 3)
         for i in (0, 1):
             whole[i].append(found[i][0])
@@ -98,7 +98,7 @@ def test_a_kill_costs_the_block_it_came_in_and_nothing_else(asked):
         path.write_bytes(damage(path.read_bytes()))  # copied by halves from another machine
     assert cache.count_missing(split, "s", 1) == (1, 3)
     cache.fill(split, "s", 1)
-    assert len(list(cache.read(split, "s", 1))) == 3
+    assert len(list(cache.read_blocks(split, "s", 1))) == 3
 
 
 def test_whatever_decides_an_answer_decides_its_name(asked):

@@ -15,7 +15,7 @@ from pipeline.params.losses import LOSSES
 from pipeline.params.sources import TeacherParams, ViewParams
 from pipeline.run.errors import InputError, StageError
 from pipeline.teachers.ensemble import Ensemble, Member
-from pipeline.teachers.soft_targets import AnswerWriter, Teaching, write_ensemble
+from pipeline.teachers.soft_targets import SoftTargets, SoftTargetWriter, write_ensemble
 from pipeline.training.batches import Order, StudentBatches, balanced_weights
 from pipeline.training.job import TrainingJob
 from pipeline.training.loop import train
@@ -63,7 +63,7 @@ def write_teaching(folder, answers, views=1, features=()):
     ensemble = Ensemble((member,), "mean_logits", ViewParams(count=views, shift=1), 5)
     write_ensemble(folder, "cached", ensemble, np.zeros((1, 30, 3), np.float32))
     for name, logits in answers.items():
-        writer = AnswerWriter(folder, name, ensemble, logits.shape[1])
+        writer = SoftTargetWriter(folder, name, ensemble, logits.shape[1])
         writer.add(slice(None), [[logits, *(values for _, values in features)]])
 
 
@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
 def test_unlabeled_patches_add_to_the_soft_loss_alone(tmp_path):
     given = job(tmp_path, unlabeled=30)
     splits = {n: DatasetSplit.load(tmp_path / "dataset" / n) for n in ("train", "unlabeled")}
-    teaching = Teaching(tmp_path / "teaching", tmp_path / "none")
+    teaching = SoftTargets(tmp_path / "teaching", tmp_path / "none")
     data = StudentBatches(splits, GIVEN, teaching)
     assert len(data) == 120
     batch = data[(0, [3, 95, 88, 119])]
@@ -252,7 +252,7 @@ def test_every_epoch_takes_its_view_of_images_and_answers_alike(tmp_path):
     teacher = np.random.default_rng(0).normal(size=(3, 90, 3)).astype(np.float32)
     job(tmp_path, said=teacher, views=3)
     found = DatasetSplit.load(tmp_path / "dataset" / "train")
-    teaching = Teaching(tmp_path / "teaching", tmp_path / "none")
+    teaching = SoftTargets(tmp_path / "teaching", tmp_path / "none")
     data = StudentBatches({"train": found}, GIVEN, teaching)
     order = Order(90, 16, seed=0, views=3)
     for epoch in range(5):
