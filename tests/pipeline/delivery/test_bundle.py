@@ -83,14 +83,16 @@ def test_a_run_that_is_not_compiled_says_what_makes_it(project):
 
 def test_a_benchmark_that_does_not_end_is_ended_and_its_words_are_kept(finished):
     before = finished.manifest["artifacts"]["benchmark_report"]
-    result = finished.kdpipe(
-        "run", "--stage", "benchmark", "--force",
-        "--set=benchmark.min_seconds=60", "--set=benchmark.time_limit=2.5",
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert "Error: kdbench.py was ended after 2.5 s without a result: the device hangs, or " in (
-        result.stderr
-    )
-    record = finished.manifest["stages"]["benchmark"]
-    assert "SingleStream, 60 s" in (finished.folder / record["log"]).read_text()
+    for limit in (2.5, 20.0, 120.0):  # a busy machine may not even have started it by then
+        result = finished.kdpipe(
+            "run", "--stage", "benchmark", "--force",
+            "--set=benchmark.min_seconds=250", f"--set=benchmark.time_limit={limit}",
+        )  # fmt: skip
+        assert result.returncode == 1
+        words = f"kdbench.py was ended after {limit:g} s without a result: the device hangs, or "
+        assert f"Error: {words}" in result.stderr
+        log = (finished.folder / finished.manifest["stages"]["benchmark"]["log"]).read_text()
+        if "SingleStream, 250 s" in log:
+            break
+    assert "SingleStream, 250 s" in log
     assert finished.manifest["artifacts"]["benchmark_report"] == before

@@ -15,6 +15,7 @@ def reports(finished):
         folder = finished.root / name
         shutil.copytree(finished.artifact("benchmark_report"), folder)
         folders.append(folder)
+        quieten(folder)
         edit(folder, "verdict", to={"word": "VALID", "reasons": []})
         edit(folder, "started", to=f"2026-01-0{len(folders)}T00:00:00Z")
     return folders
@@ -27,6 +28,18 @@ def edit(folder, *path, to):
         here = here[key]
     here[path[-1]] = to
     (folder / "report.json").write_text(json.dumps(tree))
+
+
+def quieten(folder):
+    """Times within 5 %, whatever else this machine did when it measured."""
+    random = np.random.default_rng(0)
+    with np.load(folder / "samples.npz") as archive:
+        samples = {**archive}
+    size, frames = len(samples["all_ns"]), len(samples["offline_single_0_done_ns"])
+    samples["run_ns"] = random.integers(950_000, 1_050_000, size)
+    samples["all_ns"] = samples["run_ns"] + random.integers(190_000, 210_000, size)
+    samples["offline_single_0_done_ns"] = random.integers(950_000, 1_050_000, frames).cumsum()
+    np.savez(folder / "samples.npz", **samples)
 
 
 def compare(project, *names):
