@@ -487,10 +487,11 @@ def test_the_share_of_macs_on_the_chip():
     assert report.share_on_chip == pytest.approx(conv / (conv + matmul))
 
 
-def test_a_check_takes_a_fraction_of_a_second(tmp_path):
+def test_a_check_takes_a_small_part_of_the_time_that_the_export_takes(tmp_path):
+    """On this processor, and of its time; measured 1/215."""
     path = tmp_path / "n.onnx"
-    export_network(timm.create_model("mobilenetv4_conv_small"), (3, 64, 64), path)
-    model = onnx.load(path)
     started = time.process_time()
-    check_model(model)
-    assert time.process_time() - started < 2
+    export_network(timm.create_model("mobilenetv4_conv_small"), (3, 64, 64), path)
+    exported = time.process_time()
+    check_model(onnx.load(path))
+    assert time.process_time() - exported < (exported - started) / 20

@@ -151,16 +151,18 @@ def test_ctrl_c_ends_the_compiler_and_says_so(finished, sdk, monkeypatch):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while "time.sleep(600)" not in commands_of(sdk) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while "time.sleep(600)" not in commands_of(sdk):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    begin = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert time.monotonic() - begin < 10
+    _, err = process.communicate(timeout=240)  # less than the 600 s that the compiler hangs
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert commands_of(sdk) == ""
+    deadline = time.monotonic() + 120
+    while commands_of(sdk):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert finished.manifest["stages"]["compile"]["status"] == "interrupted"
     assert not list(finished.folder.glob("*.partial"))
 

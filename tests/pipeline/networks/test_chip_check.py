@@ -133,15 +133,29 @@ def test_a_network_of_timm_by_name():
     assert found["nodes"][0]["macs"] == 16 * 16 * 16 * 9 * 4
 
 
+#: What has to be done before a network can be checked.
+WRITE_IT = """
+import io, timm, torch
+network = timm.create_model("mobilenetv4_conv_medium").eval()
+x = torch.zeros(1, 3, 224, 224)
+torch.onnx.export(network, (x,), io.BytesIO(), opset_version=17, dynamo=False)
+"""
+
+
 @pytest.mark.slow
-def test_mobilenetv4_medium_is_checked_in_ten_seconds():
-    """Of processor time, which other work on the machine does not change."""
-    before = os.times()
-    result = kdpipe("check", "mobilenetv4_conv_medium")
-    after = os.times()
-    assert result.returncode == 0
-    used = after.children_user + after.children_system
-    assert used - before.children_user - before.children_system < 10
+def test_mobilenetv4_medium_is_checked_in_the_time_that_torch_takes_to_write_it():
+    """Of processor time, and on this processor: a number of seconds would be another one's."""
+
+    def used_by(command):
+        before = os.times()
+        subprocess.run(command, capture_output=True, check=True)
+        after = os.times()
+        used = after.children_user + after.children_system
+        return used - before.children_user - before.children_system
+
+    written = used_by([sys.executable, "-c", WRITE_IT])
+    both = used_by([Path(sys.executable).parent / "kdpipe", "check", "mobilenetv4_conv_medium"])
+    assert both < 2 * written
 
 
 def test_wrong_words_and_unreadable_files(tmp_path):
