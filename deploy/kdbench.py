@@ -41,7 +41,7 @@ try:
     from kdbench_instance import Instance, batches
     from kdbench_load import Minima, offline, single_stream
     from kdbench_machine import describe_host, read_driver, read_link
-    from kdbench_report import Measured, describe, raw_samples, shown, table
+    from kdbench_report import RawResults, describe, format_value, raw_samples, table
     from kdbench_runtime import open_runtime
     from preprocessing.apply import student_tensor
     from preprocessing.scores import decide
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kdbench_bundle import Bundle
-    from kdbench_load import Flood
+    from kdbench_load import OfflineResult
     from kdbench_runtime import Runtime
 
 #: MLPerf Inference's minimum since 1.0; 60 s before.
@@ -93,22 +93,22 @@ def check_golden(bundle: Bundle, instance: Instance, limit: float) -> list[dict[
             4,
         )
     equal = float((logits == wanted).mean())
-    found = {
+    details = {
         "digests": f"{len(bundle.index['files'])} files",
         "preprocessing": f"{len(tensors)} golden images, equal bits",
         "logits": f"within {steps:g} steps of the host's int8 logits (limit {limit:g}), "
         f"{equal:.1%} of them equal, agreement {agreed:.1%}",
     }
-    return [{"name": n, "passed": True, "detail": detail} for n, detail in found.items()]
+    return [{"name": n, "passed": True, "detail": detail} for n, detail in details.items()]
 
 
-def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace, watch: Watch) -> Measured:
+def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace, watch: Watch) -> RawResults:
     """Everything, in the order that the docstring of this program tells.
 
     Raises:
         CheckError: a check failed, or the device did.
     """
-    result = Measured(watch, begin_ns=time.perf_counter_ns())
+    result = RawResults(watch, begin_ns=time.perf_counter_ns())
     test = bundle.arrays("test.npz")
     minima = Minima(args.min_seconds, args.min_queries, args.min_samples, args.max_seconds)
     clock = time.perf_counter()
@@ -136,8 +136,8 @@ def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace, watch: W
             # In mirrored order, so that a drift of the machine hits both alike.
             for double in ways[:: -1 if repeat % 2 else 1]:
                 _say(f"Offline, {minima.seconds:g} s, {'double' if double else 'single'} buffering")
-                flood = offline(bundle, runtime, groups, minima, double_buffer=double)
-                result.floods.setdefault(double, []).append(flood)
+                offline_run = offline(bundle, runtime, groups, minima, double_buffer=double)
+                result.offline_runs.setdefault(double, []).append(offline_run)
     if args.soak:
         result.soak = soak(bundle, runtime, groups, args.soak, watch)
     return result
@@ -145,7 +145,7 @@ def measure(bundle: Bundle, runtime: Runtime, args: argparse.Namespace, watch: W
 
 def soak(
     bundle: Bundle, runtime: Runtime, groups: NDArray[np.float32], minutes: float, watch: Watch
-) -> Flood:
+) -> OfflineResult:
     """Offline load for a long time; a line per minute."""
     said = 0
 
@@ -156,7 +156,7 @@ def soak(
             degrees = [r.temperature_c for r in watch.readings()[-1:]]
             _say(
                 f"soak, minute {said}: {frames / seconds:.1f} frames/s so far, "
-                f"{shown(degrees[0] if degrees else None, ' C')}  [{runtime.measured_on}]"
+                f"{format_value(degrees[0] if degrees else None, ' C')}  [{runtime.measured_on}]"
             )
 
     minima = Minima(60.0 * minutes, 1, 1)
@@ -213,17 +213,17 @@ def main() -> int:
         runtime = open_runtime(bundle, args.device)
         try:
             name = runtime.device["name"] if runtime.device else None
-            around: dict[str, Any] = {
+            conditions: dict[str, Any] = {
                 "started": started,
                 "host": describe_host(args.sysfs),
                 "driver": read_driver(name),
                 "link": read_link(name, args.sysfs),
                 "heat_before": read_heat(name, runtime.configuration()),
             }
-            with Watch(name, around["heat_before"]) as watch:
+            with Watch(name, conditions["heat_before"]) as watch:
                 result = measure(bundle, runtime, args, watch)
-            around["heat_after"] = read_heat(name, runtime.configuration())
-            document = describe(bundle, runtime, args, result, around)
+            conditions["heat_after"] = read_heat(name, runtime.configuration())
+            document = describe(bundle, runtime, args, result, conditions)
         finally:
             runtime.close()
     except CheckError as error:

@@ -64,17 +64,17 @@ def repeat_samples(
     order = random.Random(0)
     times: dict[bool, list[list[int]]] = {False: [], True: []}
     for _ in range(ROUNDS):
-        taken: dict[bool, list[int]] = {False: [], True: []}
-        again = fresh.next().copy()
+        round_ns: dict[bool, list[int]] = {False: [], True: []}
+        sample = fresh.next().copy()
         for _ in range(cycles):
             first = order.random() < 0.5
             for same in (first, not first, not first, first):
                 for _ in range(_ROW):
                     # Written anew in both cases, so that the processor's caches help neither.
-                    instance.query(fresh.next(like=again if same else None))
-                    taken[same].append(instance.all_ns)
-        for same, some in taken.items():
-            times[same].append(some)
+                    instance.query(fresh.next(like=sample if same else None))
+                    round_ns[same].append(instance.all_ns)
+        for same, block_ns in round_ns.items():
+            times[same].append(block_ns)
     return Repetition(np.array(times[False]), np.array(times[True]))
 
 
@@ -99,10 +99,12 @@ class _Fresh:
         return self._tensor
 
 
-def caching(found: Repetition, measured_on: str) -> dict[str, Any]:
+def caching(repetition: Repetition, measured_on: str) -> dict[str, Any]:
     """How many times faster the same sample is, per round, and what holds at 98.8 % confidence."""
-    distinct, same = (np.median(ns, axis=1) for ns in (found.distinct_ns, found.same_ns))
-    ratios = np.sort(distinct / same)
+    distinct, repeated = (
+        np.median(ns, axis=1) for ns in (repetition.distinct_ns, repetition.same_ns)
+    )
+    ratios = np.sort(distinct / repeated)
     return {
         "scope": "tensor to logits, distinct samples / the same sample",
         "value": float(np.median(ratios)),
@@ -111,16 +113,16 @@ def caching(found: Repetition, measured_on: str) -> dict[str, Any]:
         "limit": LIMIT,
         "unit": "ratio",
         "measured_on": measured_on,
-        "n": int(found.same_ns.size),
+        "n": int(repetition.same_ns.size),
     }
 
 
-def caching_faults(found: dict[str, Any]) -> list[str]:
+def caching_faults(figure: dict[str, Any]) -> list[str]:
     """Why the load's times mean nothing when answers are kept."""
-    if found["low"] <= found["limit"]:
+    if figure["low"] <= figure["limit"]:
         return []
     return [
-        f"the same sample again is answered {found['value']:.3g} times faster than distinct ones "
-        f"(at least {found['low']:.3g}, limit {found['limit']:g}): something keeps answers; switch "
-        "that off in the runtime or its driver, and measure again"
+        f"the same sample again is answered {figure['value']:.3g} times faster than distinct ones "
+        f"(at least {figure['low']:.3g}, limit {figure['limit']:g}): something keeps answers; "
+        "switch that off in the runtime or its driver, and measure again"
     ]

@@ -98,6 +98,6 @@ def _check_digest(folder: Path, name: str, expected: str) -> None:
     path = folder / name
     if not path.is_file():
         raise CheckError(f"{name} is missing from the bundle", 3)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise CheckError(f"{name} is damaged: expected sha256 {expected}, found {found}", 3)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != expected:
+        raise CheckError(f"{name} is damaged: expected sha256 {expected}, found {digest}", 3)

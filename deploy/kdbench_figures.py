@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kdbench_load import Flood, Minima, Stream
+    from kdbench_load import OfflineResult, Minima, SingleStreamResult
     from preprocessing.scores import Score
 
 #: What a run needs to be VALID; a shorter one is a SMOKE run, never compared.
@@ -45,13 +45,13 @@ SPREAD_REPEATS = 3
 def summary(ns: NDArray[np.int64], scope: str, measured_on: str) -> dict[str, Any]:
     """Statistics of latencies in ms; a percentile is sorted[floor(q n)], as MLPerf LoadGen's."""
     ms = np.sort(ns) / 1e6
-    enough = {name: len(ms) >= least for name, (_, least) in PERCENTILES.items()}
+    is_long_enough = {name: len(ms) >= minimum for name, (_, minimum) in PERCENTILES.items()}
     figures = {
-        name: float(ms[math.floor(q * len(ms))]) if enough[name] else None
+        name: float(ms[math.floor(q * len(ms))]) if is_long_enough[name] else None
         for name, (q, _) in PERCENTILES.items()
     }
     bounds = {
-        name: early_stopping_bound(ms, PERCENTILES[name][0]) if enough[name] else None
+        name: early_stopping_bound(ms, PERCENTILES[name][0]) if is_long_enough[name] else None
         for name in BOUNDED
     }
     return {
@@ -82,35 +82,37 @@ def early_stopping_bound(ordered: NDArray[np.float64], quantile: float) -> float
         MLPerf LoadGen, early_stopping.cc and results.cc.
     """
     n = len(ordered)
-    beyond = np.arange(math.ceil(n * (1 - quantile)) + 1)
-    steps = np.log((n - beyond[:-1]) / (beyond[:-1] + 1)) + math.log((1 - quantile) / quantile)
+    counts = np.arange(math.ceil(n * (1 - quantile)) + 1)
+    steps = np.log((n - counts[:-1]) / (counts[:-1] + 1)) + math.log((1 - quantile) / quantile)
     log_probability = n * math.log(quantile) + np.concatenate([[0.0], np.cumsum(steps)])
     cumulated = np.cumsum(np.exp(log_probability))
     t = int(np.searchsorted(cumulated, 0.01, side="right")) - 1
     return float(ordered[n - t]) if t >= 1 else None
 
 
-def stability(streams: Sequence[Stream], floods: Sequence[Flood]) -> dict[str, Any]:
+def stability(
+    streams: Sequence[SingleStreamResult], offline_runs: Sequence[OfflineResult]
+) -> dict[str, Any]:
     """Drift within a repeat, slow queries, and how far repeats lie apart; null where unknown.
 
     The drift is that of the repeat in which it is largest.
     """
     all_ns = np.concatenate([s.all_ns for s in streams]) if streams else np.empty(0, np.int64)
     median = float(np.median(all_ns)) if len(all_ns) else math.nan
-    enough = len(streams) >= SPREAD_REPEATS
+    has_spread = len(streams) >= SPREAD_REPEATS
     p90 = [summary(s.all_ns, "", "")["p90"] for s in streams]
-    rates = [f.frames / f.seconds for f in floods]
+    rates = [f.frames / f.seconds for f in offline_runs]
     return {
         "drift": max(filter(None, map(_drift, streams)), key=_distance, default=None),
         "slow_queries": int((all_ns > SLOW * median).sum()),
         "slow_limit_ms": SLOW * median / 1e6 if len(all_ns) else None,
-        "repeats": max(len(streams), len(floods)),
-        "spread_p90": _spread(p90) if enough and None not in p90 else None,
+        "repeats": max(len(streams), len(offline_runs)),
+        "spread_p90": _spread(p90) if has_spread and None not in p90 else None,
         "spread_throughput": _spread(rates) if len(rates) >= SPREAD_REPEATS else None,
     }
 
 
-def _drift(stream: Stream) -> float | None:
+def _drift(stream: SingleStreamResult) -> float | None:
     """Median of the last tenth / of the first."""
     tenth = len(stream.all_ns) // 10
     if not tenth:
@@ -128,16 +130,16 @@ def _spread(values: Sequence[float]) -> float:
     return float((max(values) - min(values)) / np.median(values))
 
 
-def throughput(floods: Sequence[Flood], measured_on: str) -> dict[str, Any]:
+def throughput(offline_runs: Sequence[OfflineResult], measured_on: str) -> dict[str, Any]:
     """Frames per second of one way of buffering, over all its repeats."""
-    frames, seconds = sum(f.frames for f in floods), sum(f.seconds for f in floods)
-    buffering = "double" if floods[0].double_buffer else "single"
+    frames, seconds = sum(f.frames for f in offline_runs), sum(f.seconds for f in offline_runs)
+    buffering = "double" if offline_runs[0].double_buffer else "single"
     return {
         "value": frames / seconds,
         "unit": "frames/s",
         "measured_on": measured_on,
         "n": frames,
-        "scope": f"tensor to logits, {floods[0].instances} instances, {buffering} buffering",
+        "scope": f"tensor to logits, {offline_runs[0].instances} instances, {buffering} buffering",
     }
 
 
@@ -158,11 +160,11 @@ def accuracy(
     Returns:
         The score; agreement as a fraction, loss and its 95 % interval in points of the score.
     """
-    own, floats = METRICS[task](), METRICS[task]()
-    own.add(classes, targets)
-    floats.add(reference, targets)
-    loss = floats.difference(own)
-    return own.score(), {
+    metric, float_metric = METRICS[task](), METRICS[task]()
+    metric.add(classes, targets)
+    float_metric.add(reference, targets)
+    loss = float_metric.difference(metric)
+    return metric.score(), {
         "agreement": float((classes == reference).mean()),
         "loss_points": 100 * loss.value,
         "loss_low": 100 * loss.low,
@@ -171,23 +173,26 @@ def accuracy(
 
 
 def judge(
-    minima: Minima, streams: Sequence[Stream], floods: Sequence[Flood], faults: Sequence[str]
+    minima: Minima,
+    streams: Sequence[SingleStreamResult],
+    offline_runs: Sequence[OfflineResult],
+    faults: Sequence[str],
 ) -> dict[str, Any]:
     """VALID; SMOKE when less was asked for; INVALID when less was reached or something was wrong.
 
     Args:
         minima: asked for.
         streams: every SingleStream, none if it was not asked for.
-        floods: every Offline, none if it was not asked for.
+        offline_runs: every Offline, none if it was not asked for.
         faults: why the figures can't be trusted.
     """
     reasons = [*faults]
     for stream in streams:
         reasons += _short("SingleStream", stream.seconds, minima.seconds, "s")
         reasons += _short("SingleStream", len(stream.all_ns), minima.queries, "queries")
-    for flood in floods:
-        reasons += _short("Offline", flood.seconds, minima.seconds, "s")
-        reasons += _short("Offline", flood.frames, minima.samples, "samples")
+    for offline_run in offline_runs:
+        reasons += _short("Offline", offline_run.seconds, minima.seconds, "s")
+        reasons += _short("Offline", offline_run.frames, minima.samples, "samples")
     if reasons:
         return {"word": "INVALID", "reasons": list(dict.fromkeys(reasons))}
     asked = [f"{minima.seconds:g} s"] if minima.seconds < VALID_SECONDS else []
@@ -195,7 +200,7 @@ def judge(
     if streams and minima.queries < VALID_QUERIES:
         asked.append(f"{minima.queries} queries")
         needed.append(f"{VALID_QUERIES} queries")
-    if floods and minima.samples < VALID_SAMPLES:
+    if offline_runs and minima.samples < VALID_SAMPLES:
         asked.append(f"{minima.samples} samples")
         needed.append(f"{VALID_SAMPLES} samples")
     if asked:

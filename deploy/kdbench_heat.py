@@ -87,8 +87,8 @@ def _part_about(printed: str, device: str) -> str:
 
 
 def _number(pattern: str, text: str) -> float | None:
-    found = re.search(pattern, text, re.IGNORECASE)
-    return float(found[1]) if found else None
+    match = re.search(pattern, text, re.IGNORECASE)
+    return float(match[1]) if match else None
 
 
 class Watch:
@@ -152,18 +152,18 @@ class Watch:
 
     def describe(self) -> dict[str, Any]:
         """What was read, what asking cost, and whether the chip got hot enough to throttle."""
-        found = self._readings
-        degrees = [r.temperature_c for r in found if r.temperature_c is not None]
+        readings, elapsed_ns = self._readings, self._end - self._begin
+        degrees = [r.temperature_c for r in readings if r.temperature_c is not None]
         missing = f"not_readable: {self._reason or 'axmonitor stopped answering'}"
         return {
-            "source": "axmonitor, each second" if found else None,
-            "n": len(found),
+            "source": "axmonitor, each second" if readings else None,
+            "n": len(readings),
             "coolest_c": min(degrees, default=None),
             "hottest_c": max(degrees, default=None),
             "throttling": max(degrees) >= THROTTLING_C if degrees else None,
-            "cpu_share": found[-1].cost_s / (self._end - self._begin) * 1e9 if found else None,
+            "cpu_share": readings[-1].cost_s / elapsed_ns * 1e9 if readings else None,
             "clocks": _NO_CLOCKS if self._device is not None else missing,
-            "reason": self._reason if found else missing,
+            "reason": self._reason if readings else missing,
         }
 
 

@@ -46,11 +46,11 @@ class Minima:
     samples: int  # of Offline
     max_seconds: float | None = None
 
-    def reached(self, seconds: float, count: int, least: int) -> bool:
+    def are_reached(self, seconds: float, count: int, minimum: int) -> bool:
         """Whether to stop."""
         if self.max_seconds is not None and seconds >= self.max_seconds:
             return True
-        return seconds >= self.seconds and count >= least
+        return seconds >= self.seconds and count >= minimum
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Answers:
 
 
 @dataclass
-class Stream:
+class SingleStreamResult:
     """What SingleStream measured."""
 
     run_ns: NDArray[np.int64]  # per query
@@ -94,7 +94,7 @@ class Stream:
 
 
 @dataclass
-class Flood:
+class OfflineResult:
     """What Offline measured."""
 
     done_ns: NDArray[np.int64]  # per call, since the start, in order
@@ -116,7 +116,9 @@ class Flood:
         return float(self.done_ns[-1]) / 1e9
 
 
-def single_stream(instance: Instance, groups: NDArray[np.float32], minima: Minima) -> Stream:
+def single_stream(
+    instance: Instance, groups: NDArray[np.float32], minima: Minima
+) -> SingleStreamResult:
     """One query after the answer to the one before; latency.
 
     Args:
@@ -129,7 +131,7 @@ def single_stream(instance: Instance, groups: NDArray[np.float32], minima: Minim
     run_ns, all_ns = array("q"), array("q")
     count = 0
     start_ns, start = time.perf_counter_ns(), time.perf_counter()
-    while not minima.reached(time.perf_counter() - start, count, minima.queries):
+    while not minima.are_reached(time.perf_counter() - start, count, minima.queries):
         place = count % len(groups)
         logits = instance.query(groups[place])
         run_ns.append(instance.run_ns)
@@ -137,7 +139,7 @@ def single_stream(instance: Instance, groups: NDArray[np.float32], minima: Minim
         answers.offer(count, place, logits)
         count += 1
     seconds = time.perf_counter() - start
-    return Stream(
+    return SingleStreamResult(
         run_ns=np.array(run_ns),
         all_ns=np.array(all_ns),
         start_ns=start_ns,
@@ -230,7 +232,7 @@ def offline(
     *,
     double_buffer: bool,
     tick: Callable[[float, int], None] = lambda seconds, frames: None,
-) -> Flood:
+) -> OfflineResult:
     """All instances at once, each with its own thread and buffers; throughput.
 
     Args:
@@ -252,7 +254,7 @@ def offline(
         team.begin.wait()
     start = time.perf_counter()
     frames, seconds = 0, 0.0
-    while not team.failures and not minima.reached(seconds, frames, minima.samples):
+    while not team.failures and not minima.are_reached(seconds, frames, minima.samples):
         time.sleep(0.01)
         seconds = time.perf_counter() - start
         frames = sum(len(worker.done_ns) for worker in workers) * bundle.batch
@@ -263,7 +265,7 @@ def offline(
     if team.failures:
         raise team.failures[0]
     done = np.sort(np.concatenate([np.array(worker.done_ns) for worker in workers]))
-    return Flood(
+    return OfflineResult(
         done_ns=done,
         start_ns=team.start_ns,
         batch=bundle.batch,

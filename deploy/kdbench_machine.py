@@ -38,10 +38,10 @@ def describe_host(sysfs: Path) -> dict[str, Any]:
 
 def _cpu_model() -> str | None:
     try:
-        found = re.search(r"(?:model name|Model)\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"(?:model name|Model)\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def _word(path: Path) -> str | None:
@@ -102,8 +102,8 @@ def read_driver(device: str | None) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r"\d+\.\d+[\w.+-]*", printed.stdout)
-    return found[0] if found else None
+    match = re.search(r"\d+\.\d+[\w.+-]*", printed.stdout)
+    return match[0] if match else None
 
 
 def machine_faults(

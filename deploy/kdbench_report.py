@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from kdbench_bundle import Bundle
     from kdbench_heat import Watch
-    from kdbench_load import Flood, Stream
+    from kdbench_load import OfflineResult, SingleStreamResult
     from kdbench_runtime import Runtime
 
 SCHEMA = 3
 
 
 @dataclass
-class Measured:
+class RawResults:
     """Raw results of one run of this program."""
 
     watch: Watch
@@ -36,10 +36,11 @@ class Measured:
     load_ms: float = 0.0
     first_ms: float = 0.0
     checks: list[dict[str, Any]] = field(default_factory=list)
-    streams: list[Stream] = field(default_factory=list)
-    floods: dict[bool, list[Flood]] = field(default_factory=dict)  # by double buffering
+    streams: list[SingleStreamResult] = field(default_factory=list)
+    #: By double buffering.
+    offline_runs: dict[bool, list[OfflineResult]] = field(default_factory=dict)
     repetition: Repetition | None = None
-    soak: Flood | None = None
+    soak: OfflineResult | None = None
     classes: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     expected: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
@@ -48,13 +49,13 @@ def describe(
     bundle: Bundle,
     runtime: Runtime,
     args: argparse.Namespace,
-    result: Measured,
-    around: dict[str, Any],
+    result: RawResults,
+    conditions: dict[str, Any],
 ) -> dict[str, Any]:
     """The document: identity, figures with their origin, what was around, verdict."""
     on, test = runtime.measured_on, bundle.arrays("test.npz")
     task = bundle.index["task"]
-    score, below = accuracy(task, result.classes, test["labels"], test["float_classes"])
+    score, loss = accuracy(task, result.classes, test["labels"], test["float_classes"])
     latency = []
     if result.streams:
         run_ns, all_ns = (
@@ -66,15 +67,15 @@ def describe(
             summary(all_ns, "tensor to logits", on),
             summary(all_ns - run_ns, "around the runtime call", on),
         ]
-    ways = [throughput(floods, on) for floods in result.floods.values()]
-    best = max(result.floods.values(), key=lambda f: throughput(f, on)["value"], default=[])
+    ways = [throughput(offline_runs, on) for offline_runs in result.offline_runs.values()]
+    best = max(result.offline_runs.values(), key=lambda f: throughput(f, on)["value"], default=[])
     audit, watched = _audit(result), result.watch.describe()
     assert result.repetition is not None
     repeated = caching(result.repetition, on)
-    heat = (around["heat_before"], watched, around["heat_after"])
+    heat = (conditions["heat_before"], watched, conditions["heat_after"])
     faults = [
-        *machine_faults(around["link"], *heat),
-        *_accuracy_faults(below, bundle.index["limits"]["accuracy_loss_points"]),
+        *machine_faults(conditions["link"], *heat),
+        *_accuracy_faults(loss, bundle.index["limits"]["accuracy_loss_points"]),
         *(
             f"{a['different']} of {a['kept']} kept answers of {a['scope']} differ from those of an "
             "idle instance; their times are of no use, measure with another release of the runtime"
@@ -84,7 +85,9 @@ def describe(
         *caching_faults(repeated),
     ]
     minima = Minima(args.min_seconds, args.min_queries, args.min_samples)
-    every_flood = [flood for floods in result.floods.values() for flood in floods]
+    all_offline_runs = [
+        offline_run for offline_runs in result.offline_runs.values() for offline_run in offline_runs
+    ]
     return {
         "schema": SCHEMA,
         "contract": bundle.index["contract"],
@@ -110,7 +113,7 @@ def describe(
             "warm_up_seconds": min(WARM_UP_SECONDS, args.min_seconds),
             "repeats": args.repeats,
         },
-        **around,
+        **conditions,
         "heat_during": watched,
         "checks": result.checks,
         "load_ms": _figure(result.load_ms, "ms", on, 1, "load"),
@@ -130,25 +133,27 @@ def describe(
             score.value, "fraction", on, score.n, "8-bit image to class, whole test split"
         ),
         "accuracy": {
-            **below,
+            **loss,
             "limit_points": bundle.index["limits"]["accuracy_loss_points"],
             "measured_on": on,
         },
         "soak": _minutes(result, on),
-        "verdict": judge(minima, result.streams, every_flood, faults),
+        "verdict": judge(minima, result.streams, all_offline_runs, faults),
     }  # fmt: skip
 
 
-def _figure(value: float, unit: str, on: str, n: int, scope: str) -> dict[str, Any]:
-    return {"value": value, "unit": unit, "measured_on": on, "n": n, "scope": scope}
+def _figure(value: float, unit: str, measured_on: str, n: int, scope: str) -> dict[str, Any]:
+    return {"value": value, "unit": unit, "measured_on": measured_on, "n": n, "scope": scope}
 
 
-def _passes(result: Measured, on: str) -> list[dict[str, Any]]:
+def _passes(result: RawResults, measured_on: str) -> list[dict[str, Any]]:
     """Every scenario that ran, in time's order: when, how much, how hot, at which power."""
     rows = []
-    scenarios: list[tuple[str, Sequence[Stream | Flood]]] = [("SingleStream", result.streams)]
-    for double, floods in result.floods.items():
-        scenarios.append((f"Offline, {'double' if double else 'single'} buffering", floods))
+    scenarios: list[tuple[str, Sequence[SingleStreamResult | OfflineResult]]] = [
+        ("SingleStream", result.streams)
+    ]
+    for double, offline_runs in result.offline_runs.items():
+        scenarios.append((f"Offline, {'double' if double else 'single'} buffering", offline_runs))
     for scenario, runs in scenarios:
         for repeat, run in enumerate(runs):
             start, end = run.start_ns, run.start_ns + int(run.seconds * 1e9)
@@ -164,13 +169,13 @@ def _passes(result: Measured, on: str) -> list[dict[str, Any]]:
                     "warm_up_queries": run.warm_up,
                     **heat,
                     "energy_mj": None if watts is None else 1e3 * watts * run.seconds / run.frames,
-                    "measured_on": on,
+                    "measured_on": measured_on,
                 }
             )
     return sorted(rows, key=lambda row: float(row["start_s"]))
 
 
-def _minutes(result: Measured, on: str) -> list[dict[str, Any]]:
+def _minutes(result: RawResults, measured_on: str) -> list[dict[str, Any]]:
     """The soak, minute by minute."""
     if result.soak is None:
         return []
@@ -181,37 +186,37 @@ def _minutes(result: Measured, on: str) -> list[dict[str, Any]]:
             "minute": n + 1,
             "value": rate,
             "unit": "frames/s",
-            "measured_on": on,
+            "measured_on": measured_on,
             **result.watch.between(start + n * minute_ns, start + (n + 1) * minute_ns),
         }
         for n, rate in enumerate(per_interval(result.soak.done_ns, result.soak.batch, 60.0))
     ]
 
 
-def _audit(result: Measured) -> list[dict[str, Any]]:
+def _audit(result: RawResults) -> list[dict[str, Any]]:
     """Answers kept while measuring against those of an instance that did nothing else."""
-    kept = [("SingleStream", [stream.answers]) for stream in result.streams]
-    for double, floods in result.floods.items():
+    answers_by_scope = [("SingleStream", [stream.answers]) for stream in result.streams]
+    for double, offline_runs in result.offline_runs.items():
         scope = f"Offline, {'double' if double else 'single'} buffering"
-        kept += [(scope, flood.answers) for flood in floods]
+        answers_by_scope += [(scope, offline_run.answers) for offline_run in offline_runs]
     rows: dict[str, dict[str, Any]] = {}
-    for scope, some in kept:
+    for scope, runs in answers_by_scope:
         row = rows.setdefault(scope, {"scope": scope, "kept": 0, "different": 0})
-        row["kept"] += sum(len(answers.kept) for answers in some)
-        row["different"] += sum(answers.different(result.expected) for answers in some)
+        row["kept"] += sum(len(answers.kept) for answers in runs)
+        row["different"] += sum(answers.different(result.expected) for answers in runs)
     return list(rows.values())
 
 
-def _accuracy_faults(below: dict[str, float], limit: float) -> list[str]:
-    if below["loss_low"] <= limit:
+def _accuracy_faults(loss: dict[str, float], limit: float) -> list[str]:
+    if loss["loss_low"] <= limit:
         return []
     return [
-        f"accuracy: {below['loss_points']:.2f} points of top-1 below the float student, at least "
-        f"{below['loss_low']:.2f} (limit {limit:g}); calibrate with more patches or another scheme"
+        f"accuracy: {loss['loss_points']:.2f} points of top-1 below the float student, at least "
+        f"{loss['loss_low']:.2f} (limit {limit:g}); calibrate with more patches or another scheme"
     ]
 
 
-def raw_samples(bundle: Bundle, result: Measured) -> dict[str, NDArray[Any]]:
+def raw_samples(bundle: Bundle, result: RawResults) -> dict[str, NDArray[Any]]:
     """Every time, reading and answer that a printed figure comes from.
 
     Times of the device's heat and of each start are in ns since the measurement began.
@@ -234,10 +239,10 @@ def raw_samples(bundle: Bundle, result: Measured) -> dict[str, NDArray[Any]]:
         samples["repeat_ends"] = np.cumsum([len(stream.all_ns) for stream in result.streams])
         starts = [stream.start_ns - result.begin_ns for stream in result.streams]
         samples["repeat_starts_ns"] = np.array(starts, np.int64)
-    for double, floods in result.floods.items():
-        for repeat, flood in enumerate(floods):
+    for double, offline_runs in result.offline_runs.items():
+        for repeat, offline_run in enumerate(offline_runs):
             name = f"offline_{'double' if double else 'single'}_{repeat}_done_ns"
-            samples[name] = flood.done_ns
+            samples[name] = offline_run.done_ns
     if result.soak is not None:
         samples["soak_done_ns"] = result.soak.done_ns
     return samples
@@ -248,8 +253,10 @@ def table(document: dict[str, Any]) -> str:
     on = document["measured_on"]
     lines = [f"{c['name']:<14} ok    {c['detail']}" for c in document["checks"]]
     for row in document["latency"]:
-        words = "  ".join(f"{name} {shown(row[name], '', 3)}" for name in ("p50", "p90", "p99"))
-        bound = shown(row["bounds"]["p99"], "", 3)
+        words = "  ".join(
+            f"{name} {format_value(row[name], '', 3)}" for name in ("p50", "p90", "p99")
+        )
+        bound = format_value(row["bounds"]["p99"], "", 3)
         lines.append(
             f"latency        {words} (99 % sure: below {bound}) ms  n {row['n']}  "
             f"[{row['scope']}; {on}]"
@@ -261,7 +268,7 @@ def table(document: dict[str, Any]) -> str:
     for row in document["soak"]:
         lines.append(
             f"soak           minute {row['minute']:>3}  {row['value']:.1f} frames/s  "
-            f"{shown(row['hottest_c'], ' C')}  [{on}]"
+            f"{format_value(row['hottest_c'], ' C')}  [{on}]"
         )
     right, loss = document["top1_test"], document["accuracy"]
     lines.append(f"top-1 (test)   {right['value']:.4f}  n {right['n']}  [{right['scope']}; {on}]")
@@ -278,7 +285,8 @@ def table(document: dict[str, Any]) -> str:
     watts = [row["power_w"] for row in document["passes"] if row["power_w"] is not None]
     lines.append(
         f"device         {(document['device'] or {}).get('name', 'none')}, at most "
-        f"{shown(heat['hottest_c'], ' C')} and {shown(max(watts, default=None), ' W')}"
+        f"{format_value(heat['hottest_c'], ' C')} and "
+        f"{format_value(max(watts, default=None), ' W')}"
         + (f" ({heat['reason']})" if heat["reason"] else "")
         + (", link null" if link["width"] is None else f", link x{link['width']}")
         + (f" ({link['reason']})" if link["reason"] else "")
@@ -288,6 +296,6 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def shown(value: float | None, unit: str, digits: int = 1) -> str:
+def format_value(value: float | None, unit: str, digits: int = 1) -> str:
     """A number with its unit, or the word null."""
     return "null" if value is None else f"{value:.{digits}f}{unit}"

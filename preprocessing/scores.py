@@ -75,8 +75,8 @@ class Metric(Protocol):
     def score(self) -> Score:
         """Of all blocks so far."""
 
-    def difference(self, other: Metric) -> PairedDifference:
-        """This score less the other's, counted on the same patches in the same order."""
+    def difference(self, reference: Metric) -> PairedDifference:
+        """This score less the reference's, counted on the same patches in the same order."""
 
 
 class Top1(Metric):
@@ -101,21 +101,22 @@ class Top1(Metric):
         right = self.right()
         return Score(self.name, float(right.mean()), len(right))
 
-    def difference(self, other: Metric) -> PairedDifference:
+    def difference(self, reference: Metric) -> PairedDifference:
         """How much more often this network is right.
 
         Source:
             Bonett and Price 2012, adjusted Wald interval for paired binomial proportions.
         """
-        assert isinstance(other, Top1)
-        own, others = self.right(), other.right()
-        n = len(own)
-        only_own, only_other = int((own & ~others).sum()), int((others & ~own).sum())
-        p12, p21 = (only_own + 1) / (n + 2), (only_other + 1) / (n + 2)
+        assert isinstance(reference, Top1)
+        right, reference_right = self.right(), reference.right()
+        n = len(right)
+        gained = int((right & ~reference_right).sum())
+        lost = int((reference_right & ~right).sum())
+        p12, p21 = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
         center = p12 - p21
         half = Z95 * math.sqrt((p12 + p21 - center**2) / (n + 2))
         return PairedDifference(
-            (only_own - only_other) / n, max(-1.0, center - half), min(1.0, center + half)
+            (gained - lost) / n, max(-1.0, center - half), min(1.0, center + half)
         )
 
 
@@ -156,10 +157,10 @@ class Comparison:
             network: logits, same shape.
             targets: (n, *positions).
         """
-        decided, other = decide(reference), decide(network)
-        self.reference.add(decided, targets)
-        self.network.add(other, targets)
-        self._equal.append(decided == other)
+        reference_classes, classes = decide(reference), decide(network)
+        self.reference.add(reference_classes, targets)
+        self.network.add(classes, targets)
+        self._equal.append(reference_classes == classes)
         best = np.sort(reference, axis=1)[:, -2:]
         self._margins.append(best[:, -1] - best[:, 0])
         difference = np.abs(reference - network).max()
@@ -209,17 +210,17 @@ def decibels(power: float, noise: float) -> float | None:
     return 10 * math.log10(power / noise) if noise > 0 and power > 0 else None
 
 
-def cosines(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[np.float64]:
+def cosines(reference: NDArray[np.floating], network: NDArray[np.floating]) -> NDArray[np.float64]:
     """Cosine between all logits of a patch, for two arrays of logits of one shape, (N,).
 
     Where both are zero it is 1, where only one is, 0: an output that collapsed is not alike.
     """
-    a, b = (logits.reshape(len(logits), -1).astype(np.float64) for logits in (one, other))
-    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    norms = norm_a * norm_b
-    without_direction = np.where(norm_a == norm_b, 1.0, 0.0)
+    x, y = (logits.reshape(len(logits), -1).astype(np.float64) for logits in (reference, network))
+    norm_x, norm_y = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    norms = norm_x * norm_y
+    without_direction = np.where(norm_x == norm_y, 1.0, 0.0)
     safe = np.where(norms > 0, norms, 1)
-    result: NDArray[np.float64] = np.where(norms > 0, (a * b).sum(axis=1) / safe, without_direction)
+    result: NDArray[np.float64] = np.where(norms > 0, (x * y).sum(axis=1) / safe, without_direction)
     return result
 
 

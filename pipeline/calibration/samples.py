@@ -74,8 +74,8 @@ def choose_samples(
         InputError: there are not as many different images.
     """
     random = np.random.default_rng(seed)
-    seen: set[bytes] = set()
-    refused = {row: UNFIT[why] for why, rows in (unfit or {}).items() for row in rows}
+    contents: set[bytes] = set()
+    refused = {row: UNFIT[reason] for reason, rows in (unfit or {}).items() for row in rows}
     left_out: dict[str, list[int]] = {words: [] for words in (*UNFIT.values(), *_OTHERS)}
     queues: list[list[int]] = []
     for label in range(classes):
@@ -89,23 +89,25 @@ def choose_samples(
                 left_out[refused[row]].append(row)
             elif (image == image[0, 0]).all():
                 left_out[_ONE_COLOR].append(row)
-            elif content in seen:
+            elif content in contents:
                 left_out[_REPEATED].append(row)
             else:
-                seen.add(content)
+                contents.add(content)
                 queue.append(index)
         queues.append(queue)
     total = sum(map(len, queues))
     left_out = {words: sorted(rows) for words, rows in left_out.items() if rows}
     if total < count:
-        others = ", ".join(f"{len(rows)} {words}" for words, rows in left_out.items())
+        reasons = ", ".join(f"{len(rows)} {words}" for words, rows in left_out.items())
         raise InputError(
             f"{asker} is {count}, but the training split has only {total} different images that "
-            f"can calibrate{others and f' ({others})'}; ask for fewer"
+            f"can calibrate{reasons and f' ({reasons})'}; ask for fewer"
         )
     shares = _shares([len(queue) for queue in queues], count)
-    chosen = [index for queue, share in zip(queues, shares, strict=True) for index in queue[:share]]
-    order = random.permutation(np.array(chosen, np.int64))
+    indices = [
+        index for queue, share in zip(queues, shares, strict=True) for index in queue[:share]
+    ]
+    order = random.permutation(np.array(indices, np.int64))
     return Choice(order, left_out)
 
 

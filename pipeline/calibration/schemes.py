@@ -22,7 +22,7 @@ def quantize_best(
     quantize: Callable[[str, Path], QuantizedModel],
     measure: Callable[[QuantizedModel], ComparisonFacts],
     schemes: Sequence[str],
-    into: Path,
+    target: Path,
 ) -> tuple[QuantizedModel, ComparisonFacts, tuple[SchemeFacts, ...]]:
     """The model of the scheme with the best score; of equal ones, that with the best SQNR.
 
@@ -30,7 +30,7 @@ def quantize_best(
         quantize: (scheme, folder to make) -> model.
         measure: figures of a model.
         schemes: to try, in this order.
-        into: folder that gets the best model.
+        target: folder that gets the best model.
 
     Returns:
         The model, its figures, and a row per scheme: figures, or why it was refused.
@@ -38,40 +38,40 @@ def quantize_best(
     Raises:
         BackendError: every scheme was refused; the words are of the first.
     """
-    made: dict[str, ComparisonFacts] = {}
+    figures: dict[str, ComparisonFacts] = {}
     refused: dict[str, BackendError] = {}
     for scheme in schemes:
-        folder = into.with_name(f"{into.name}.{scheme}")
+        folder = target.with_name(f"{target.name}.{scheme}")
         try:
-            made[scheme] = measure(quantize(scheme, folder))
+            figures[scheme] = measure(quantize(scheme, folder))
         except BackendMissingError:
             raise
         except BackendError as error:
             log.warning("scheme %s: %s", scheme, error)
             refused[scheme] = error
-    if not made:
+    if not figures:
         raise next(iter(refused.values()))
-    best = max(made, key=lambda scheme: _quality(made[scheme]))
-    into.with_name(f"{into.name}.{best}").rename(into)
+    best = max(figures, key=lambda scheme: _quality(figures[scheme]))
+    target.with_name(f"{target.name}.{best}").rename(target)
     for scheme in schemes:
-        shutil.rmtree(into.with_name(f"{into.name}.{scheme}"), ignore_errors=True)
+        shutil.rmtree(target.with_name(f"{target.name}.{scheme}"), ignore_errors=True)
     rows = (
-        _row(scheme, made[scheme], chosen=scheme == best)
-        if scheme in made
+        _row(scheme, figures[scheme], is_best=scheme == best)
+        if scheme in figures
         else SchemeFacts(scheme=scheme, refused=str(refused[scheme]), chosen=False)
         for scheme in schemes
     )
-    return QuantizedModel.load(into), made[best], tuple(rows)
+    return QuantizedModel.load(target), figures[best], tuple(rows)
 
 
-def _row(scheme: str, figures: ComparisonFacts, *, chosen: bool) -> SchemeFacts:
+def _row(scheme: str, figures: ComparisonFacts, *, is_best: bool) -> SchemeFacts:
     return SchemeFacts(
         scheme=scheme,
         score=figures.score_int8,
         int8_loss_points=figures.int8_loss_points,
         agreement=figures.agreement,
         logits_sqnr_db=figures.logits_sqnr_db,
-        chosen=chosen,
+        chosen=is_best,
     )
 
 

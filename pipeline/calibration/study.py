@@ -56,7 +56,7 @@ def compare_variants(
     observed: ObservedStudent,
     recipe: QuantizationRecipe,
     student: Path,
-    written: Artifacts,
+    outputs: Artifacts,
 ) -> tuple[Int8Facts, tuple[VariantFacts, ...]]:
     """The recipe, the same under the other schemes, and the same without each of its options.
 
@@ -65,7 +65,7 @@ def compare_variants(
         observed: with the recipe.
         recipe: as it is used.
         student: the float student.
-        written: by this stage so far: the calibration set, and the baked student.
+        outputs: by this stage so far: the calibration set, and the baked student.
 
     Returns:
         The baked student in float (weights and biases alone, what the vendor's compiler starts
@@ -77,10 +77,10 @@ def compare_variants(
     for name, variant in variants.items():
         source = observed
         if recipe.equalization and not variant.equalization:
-            samples = written.calibration_set / "samples.npy"
+            samples = outputs.calibration_set / "samples.npy"
             source = ObservedStudent.observe(student, samples, variant)
         networks[name] = source.int8_network(variant)
-    networks[""] = reference_network(written.baked_student)
+    networks[""] = reference_network(outputs.baked_student)
     val, reference = data.val.spread(COMPARED), reference_network(student)
     facts = {
         name: int8_facts(comparison)
@@ -133,9 +133,9 @@ def rank_layers(
     reference = run(parts.core, {})
     rows = []
     for node in compute_nodes(parts.core):
-        alone = quantize_graph(parts.core, ranges, scheme=scheme, int8_nodes={node.output[0]})
+        graph = quantize_graph(parts.core, ranges, scheme=scheme, int8_nodes={node.output[0]})
         comparison = data.task.comparison(len(split))
-        comparison.add(reference, run(alone, options), split.labels)
+        comparison.add(reference, run(graph, options), split.labels)
         rows.append(
             LayerFacts(
                 layer=node.output[0],

@@ -51,12 +51,12 @@ class Classification:
     def stratify(self, targets: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
         """Draw a share of every class at random; at least one patch of each stays."""
         random = np.random.default_rng(seed)
-        drawn = np.zeros(len(targets), bool)
+        mask = np.zeros(len(targets), bool)
         for label in np.unique(targets):
             members = np.flatnonzero(targets == label)
             count = min(max(1, round(fraction * len(members))), len(members) - 1)
-            drawn[random.permutation(members)[:count]] = True
-        return drawn
+            mask[random.permutation(members)[:count]] = True
+        return mask
 
     def table(self, classes: int) -> Table:
         """Counts top-1, macro F1, balanced accuracy and calibration error."""

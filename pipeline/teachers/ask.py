@@ -89,11 +89,11 @@ def teach(
     outputs = partial(_val_outputs, cache, val, digests["val"])
     probabilities = _judge_probabilities(outputs())
     logits = list(write_val_members(folder, len(val), _val_logits(outputs(), probabilities)))
-    task = open_task(params.task)
+    task, labels = open_task(params.task), val.labels
     members = _describe(job, params, task, cache.teachers, val, logits, probabilities)
     temperatures = [1.0] * len(logits)
     if params.calibrate_temperatures:
-        temperatures = [fit_temperature(member, val.labels) for member in logits]
+        temperatures = [fit_temperature(member, labels) for member in logits]
     ensemble = _make_ensemble(job, params, cache.teachers, val, probabilities, temperatures)
     write_ensemble(folder, params.teacher_mode, ensemble)
     if params.teacher_mode == "live":
@@ -102,14 +102,12 @@ def teach(
         if name != "val":
             _fill(job, cache, splits[name], digests[name], views)
             _write_logits(cache, ensemble, splits[name], digests[name], views, folder)
-
     weights = [member.params.weight for member in ensemble.members]
     mean, std = mean_and_std(lambda: (ensemble.logits(block) for _, block in outputs()))
-    rules, agreement = describe_ensemble(logits, weights, temperatures, val.labels, task)
+    rules, agreement = describe_ensemble(logits, weights, temperatures, labels, task)
     return EnsembleFacts(
         members=tuple(
-            replace(member, temperature=temperature)
-            for member, temperature in zip(members, temperatures, strict=True)
+            replace(m, temperature=t) for m, t in zip(members, temperatures, strict=True)
         ),
         rule=params.combine,
         mode=params.teacher_mode,
@@ -118,7 +116,7 @@ def teach(
         rules=rules,
         agreement=agreement,
         measured_on="host-float",
-        n_val=len(val),
+        n_val=len(labels),
         logit_mean=mean,
         logit_std=std,
         threads=threads,
