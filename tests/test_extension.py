@@ -1,4 +1,4 @@
-"""A new loss costs one new file and one added line: tried in a copy of the source."""
+"""A new loss or backend costs one new file and one added line: tried in a copy of the source."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_project import write_project
+from tiny_project import make_teacher, write_project
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,8 +113,80 @@ def test_a_loss_is_one_file_and_one_line(house, tmp_path):
     assert float(said[3]) == pytest.approx(0.3 * 3 * 14 / 3)
 
 
+BACKEND = '''"""The emulator, seen in a mirror."""
+
+from metis.emulator.backend import Emulator
+
+
+class Mirror(Emulator):
+    name = "mirror"
+
+    def arithmetic(self, scheme):
+        return f"mirrored {scheme}"
+'''
+
+INT8 = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from metis.backend import open_backend
+from pipeline.delivery.doctor import examine_machine
+from pipeline.run.config import load_config
+from pipeline.stages import load_stages
+
+config, student, folder = map(Path, sys.argv[1:])
+params = load_config(config, load_stages(), changes=["compile.backend=mirror"]).params
+backend = open_backend(params["calibrate"].backend, params["calibrate"].sdk)
+samples = np.random.default_rng(0).normal(size=(4, 1, 3, 16, 16)).astype(np.float32)
+np.save(folder / "samples.npy", samples)
+model = backend.quantize(
+    student, folder / "samples.npy", folder / "int8", scheme=params["calibrate"].scheme
+)
+compiled = backend.compile(model, folder / "compiled", aipu_cores=1)
+print(compiled.backend, *backend.infer(model, samples[:, 0]).shape)
+machine = examine_machine()
+print(machine["backends"]["mirror"])
+print(machine["mirror"]["arithmetic"])
+"""
+
+
+def add_backend(house):
+    house.add(
+        "metis/emulator/mirror.py",
+        BACKEND,
+        table="metis/backend.py",
+        below="BACKENDS = {\n",
+        line='    "mirror": BackendEntry("metis.emulator.mirror:Mirror", (), "mirror"),',
+    )
+
+
+def test_a_backend_is_one_file_and_one_line(house, tmp_path):
+    add_backend(house)
+    project = write_project(tmp_path / "project")
+    student = tmp_path / "student.onnx"
+    make_teacher(student, (0, 1, 2), project.contract, batch=1)
+    said = house.python(INT8, project.root / "kdpipe.yaml", student, tmp_path).splitlines()
+    assert said[0] == "mirror 4 3"
+    assert said[1].startswith("available: onnxruntime")
+    assert said[2] == "mirrored per_tensor_histogram"
+
+
 @pytest.mark.slow
-def test_a_run_distills_with_it(house, tmp_path):
+def test_a_run_goes_through_a_new_backend(house, tmp_path):
+    add_backend(house)
+    project = write_project(tmp_path / "project")
+    words = ("run", "--set", "compile.backend=mirror")
+    result = project.kdpipe(*words, env=house.environment)
+    assert result.returncode == 0, result.stderr
+    stages = json.loads((project.folder / "manifest.json").read_text())["stages"]
+    assert stages["calibrate"]["facts"]["arithmetic"] == "mirrored per_tensor_histogram"
+    assert stages["compile"]["facts"]["backend"] == "mirror"
+
+
+@pytest.mark.slow
+def test_a_run_distills_with_a_new_loss(house, tmp_path):
     add_loss(house)
     project = write_project(tmp_path / "project")
     words = ("run", "--to", "distill", "--set", "distill.loss=mse")
