@@ -85,12 +85,12 @@ class Emulator:
         parts = prepare(onnx.load(student))
         try:
             if ranges is not None:
-                chosen = Ranges.load(ranges)
+                own_ranges = Ranges.load(ranges)
             else:
-                seen = open_observations(parts)
-                seen.add(np.load(samples, mmap_mode="r")[:, 0], progress)
-                chosen = choose(seen, SCHEMES[scheme])
-            return self.write(parts, chosen, into, scheme=scheme)
+                observer = open_observations(parts)
+                observer.add(np.load(samples, mmap_mode="r")[:, 0], progress)
+                own_ranges = choose(observer, SCHEMES[scheme])
+            return self.write(parts, own_ranges, into, scheme=scheme)
         except RangeError as error:
             raise BackendError(str(error)) from error
 
@@ -105,7 +105,7 @@ class Emulator:
             if part is not None:
                 onnx.save(part, into / f"{name}.onnx")
         inputs, outputs = device_specs(graph)
-        made = QuantizedModel(
+        model = QuantizedModel(
             path=into,
             entry="model.onnx",
             backend=self.name,
@@ -114,8 +114,8 @@ class Emulator:
             inputs=(inputs,),
             outputs=(outputs,),
         )
-        made.save()
-        return made
+        model.save()
+        return model
 
     def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the QDQ graph, and the host's parts before and after it. See `Backend`."""
@@ -155,7 +155,7 @@ class Emulator:
             if (model.path / f"{end}.onnx").is_file():
                 shutil.copyfile(model.path / f"{end}.onnx", into / f"{end}.onnx")
                 ends[end] = f"{end}.onnx"
-        made = CompiledModel(
+        compiled = CompiledModel(
             path=into,
             entry="model.onnx",
             backend=self.name,
@@ -167,9 +167,9 @@ class Emulator:
             session=dict(arithmetic(model.scheme)[1]),
             **ends,
         )
-        made.save()
-        self._check_compiled(model, made)
-        return made
+        compiled.save()
+        self._check_compiled(model, compiled)
+        return compiled
 
     def arithmetic(self, scheme: str) -> str:
         """How this CPU computes what the chip computes. See `Backend`."""

@@ -36,9 +36,9 @@ class Voyager:
 
     def probe(self) -> Probe:
         """Releases of devkit, rt, Python and torch in the SDK's interpreter. See `Backend`."""
-        found = find_interpreter(self._options.python)
-        versions = dict(found.versions) if "axelera-devkit" in found.versions else {}
-        return Probe(not found.problem, versions, found.problem)
+        interpreter = find_interpreter(self._options.python)
+        versions = dict(interpreter.versions) if "axelera-devkit" in interpreter.versions else {}
+        return Probe(not interpreter.problem, versions, interpreter.problem)
 
     def quantize(
         self,
@@ -54,7 +54,7 @@ class Voyager:
         if scheme not in SCHEMES:
             raise BackendError(f"the SDK has no scheme {scheme!r}; use {', '.join(SCHEMES)}")
         with fresh_folder(into.parent) as folder:
-            said = self._work(
+            answers = self._work(
                 "quantize",
                 folder,
                 progress,
@@ -67,9 +67,9 @@ class Voyager:
             shutil.move(folder / "work" / EXPORT, into / EXPORT)
         shutil.copyfile(student, into / FLOAT_ONNX)
         interpreter = find_interpreter(self._options.python)
-        record = {"versions": interpreter.versions, **said}
+        record = {"versions": interpreter.versions, **answers}
         (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        made = QuantizedModel(
+        model = QuantizedModel(
             path=into,
             entry=EXPORT,
             backend=self.name,
@@ -78,8 +78,8 @@ class Voyager:
             inputs=(),  # the SDK decides on layout and padding when it compiles
             outputs=(),
         )
-        made.save()
-        return made
+        model.save()
+        return model
 
     def infer(self, model: QuantizedModel, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the SDK's quantized model on this machine's CPU. See `Backend`."""
@@ -111,8 +111,8 @@ class Voyager:
         """Lower the model by a route; load and run it where there is a card. See `Backend`."""
         order = Order(model, aipu_cores, samples, pipeline, self._options.extra)
         with fresh_folder(into.parent) as folder:
-            said = ROUTES[self._options.route](self._work, order, folder)
-            return self._adopt(model, folder / "work", into, aipu_cores, said)
+            answers = ROUTES[self._options.route](self._work, order, folder)
+            return self._adopt(model, folder / "work", into, aipu_cores, answers)
 
     def arithmetic(self, scheme: str) -> str:
         """See `Backend`."""
@@ -138,7 +138,12 @@ class Voyager:
         }
 
     def _adopt(
-        self, model: QuantizedModel, work_folder: Path, into: Path, cores: int, said: dict[str, Any]
+        self,
+        model: QuantizedModel,
+        work_folder: Path,
+        into: Path,
+        cores: int,
+        answers: dict[str, Any],
     ) -> CompiledModel:
         """Make a compiled model of what a compiler left in its working folder, and prove it.
 
@@ -146,31 +151,31 @@ class Voyager:
             BackendError: there is nothing loadable, or it does not fit the quantized model.
         """
         into.mkdir(parents=True)
-        found = collect(work_folder, into)
-        _check(found, into, cores)
+        artifacts = collect(work_folder, into)
+        _check(artifacts, into, cores)
         interpreter = find_interpreter(self._options.python)
         record = {
             "versions": interpreter.versions,
-            "manifest_version": found.manifest_version,
-            "axm": found.axm,
-            "run": self._run(into / found.entry, cores),
-            **said,
+            "manifest_version": artifacts.manifest_version,
+            "axm": artifacts.axm,
+            "run": self._run(into / artifacts.entry, cores),
+            **answers,
         }
         (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        made = CompiledModel(
+        compiled = CompiledModel(
             path=into,
-            entry=found.entry,
+            entry=artifacts.entry,
             backend=self.name,
             version=interpreter.release,
             runtime="axelera",
             aipu_cores=cores,
-            inputs=found.inputs,
-            outputs=found.outputs,
-            preamble=found.preamble,
-            postamble=found.postamble,
+            inputs=artifacts.inputs,
+            outputs=artifacts.outputs,
+            preamble=artifacts.preamble,
+            postamble=artifacts.postamble,
         )
-        made.save()
-        return made
+        compiled.save()
+        return compiled
 
     def _run(self, entry: Path, cores: int) -> dict[str, Any]:
         """One inference, where it can be done: a compile without an error is not a model yet."""
@@ -196,18 +201,18 @@ class Voyager:
         )
 
 
-def _check(found: Artifacts, into: Path, cores: int) -> None:
+def _check(artifacts: Artifacts, into: Path, cores: int) -> None:
     """The device tensors are those of a classifier compiled for this many cores."""
-    if len(found.inputs) != 1 or len(found.outputs) != 1:
+    if len(artifacts.inputs) != 1 or len(artifacts.outputs) != 1:
         raise BackendError(
-            f"the compiled model has {len(found.inputs)} inputs and {len(found.outputs)} outputs; "
-            "kdpipe's students have one of each"
+            f"the compiled model has {len(artifacts.inputs)} inputs and "
+            f"{len(artifacts.outputs)} outputs; kdpipe's students have one of each"
         )
-    batches = {spec.unpadded[0] for spec in (*found.inputs, *found.outputs)}
+    batches = {spec.unpadded[0] for spec in (*artifacts.inputs, *artifacts.outputs)}
     if batches != {cores}:
         raise BackendError(
             f"the compiled model takes {batches} frames a call, and {cores} cores were asked for"
         )
-    for name in filter(None, (found.entry, found.preamble, found.postamble)):
+    for name in filter(None, (artifacts.entry, artifacts.preamble, artifacts.postamble)):
         if not (into / name).is_file():
             raise BackendError(f"the compiled model lacks {name}")

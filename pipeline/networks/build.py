@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def build_student(
     name: str,
-    given: StudentInput,
+    student_input: StudentInput,
     classes: int,
     *,
     seed: int,
@@ -31,7 +31,7 @@ def build_student(
 
     Args:
         name: a network of timm, or one of ALIASES.
-        given: the student's input.
+        student_input: the student's input.
         classes: of the head.
         seed: of the weights.
         stem_stride: stride of the first convolution; None: as the network has it.
@@ -40,8 +40,8 @@ def build_student(
     Raises:
         InputError: the network can't be built for the input, or the weights do not fit.
     """
-    network_name, size = ALIASES.get(name, (name, given.size_hw[0]))
-    height, width = given.size_hw
+    network_name, size = ALIASES.get(name, (name, student_input.size_hw[0]))
+    height, width = student_input.size_hw
     if size != height:
         raise InputError(
             f"distill.student: {name} means {network_name} at {size}x{size}, but "
@@ -50,7 +50,7 @@ def build_student(
     try:
         network = create_network(
             network_name,
-            (len(given.bands), height, width),
+            (len(student_input.bands), height, width),
             classes,
             seed=seed,
             stem_stride=stem_stride,

@@ -107,16 +107,16 @@ def document(model: str, legalized: Legalized) -> dict[str, Any]:
 
 def lines(legalized: Legalized) -> list[str]:
     """The result for people: what would be rewritten, then the table of what comes out."""
-    found = legalized.lines()
-    if found:
-        found.append(
+    lines = legalized.lines()
+    if lines:
+        lines.append(
             f"in all {len(legalized.rewrites)}; over {legalized.inputs_tried} random inputs the "
             "outputs of the first graph and the last differ by at most "
             f"{legalized.max_abs_difference:.2g}"
         )
     if legalized.note:
-        found.append(legalized.note)
-    return [*found, *legalized.report.lines()]
+        lines.append(legalized.note)
+    return [*lines, *legalized.report.lines()]
 
 
 def write(legalized: Legalized, path: Path) -> None:

@@ -35,12 +35,14 @@ OPSET = 17
 
 def export_student(
     network: nn.Module,
-    given: StudentInput,
+    student_input: StudentInput,
     path: Path,
     tensors: NDArray[np.float32] | None = None,
 ) -> Legalized:
     """Write a network for the student's input as ONNX. See `export_network`."""
-    return export_network(network, (len(given.bands), *given.size_hw), path, tensors)
+    return export_network(
+        network, (len(student_input.bands), *student_input.size_hw), path, tensors
+    )
 
 
 def export_network(
@@ -101,16 +103,16 @@ def _silent_exporter() -> Iterator[None]:
     become constants, which is what we want.
     """
     sys.stdout.flush()
-    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
+    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nothing)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(devnull)
 
 
 def torch_logits(

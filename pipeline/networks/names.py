@@ -25,5 +25,5 @@ def timm_networks() -> set[str]:
         return set()
     pattern = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
     modules = (Path(spec.origin).parent / "models").glob("*.py")
-    found = {name for module in modules for name in pattern.findall(module.read_text())}
-    return found | set(ALIASES)
+    networks = {name for module in modules for name in pattern.findall(module.read_text())}
+    return networks | set(ALIASES)

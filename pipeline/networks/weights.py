@@ -42,61 +42,61 @@ def load_weights(network: nn.Module, path: Path, what: str, head: Sequence[str] 
     Raises:
         InputError: unreadable, or names or shapes that do not fit; says which.
     """
-    own = network.state_dict()
-    weights = _belonging(_read(path), set(own), path)
-    absent = sorted(own.keys() - weights.keys())
-    foreign = sorted(weights.keys() - own.keys())
+    parameters = network.state_dict()
+    weights = _strip_prefix(_load_tensors(path), set(parameters), path)
+    absent = sorted(parameters.keys() - weights.keys())
+    foreign = sorted(weights.keys() - parameters.keys())
     if absent or foreign:
         words = [f"lacks {', '.join(absent[:3])}"] if absent else []
         words += [f"has {', '.join(foreign[:3])}, which the network has not"] if foreign else []
         raise InputError(f"{path.name} does not fit {what}: it {' and '.join(words)}")
-    other = [name for name in own if own[name].shape != weights[name].shape]
-    for name in other:
+    reshaped = [name for name in parameters if parameters[name].shape != weights[name].shape]
+    for name in reshaped:
         if not name.startswith(tuple(f"{module}." for module in head)):
             raise InputError(
                 f"{path.name} does not fit {what}: {name} is {list(weights[name].shape)}, the "
-                f"network needs {list(own[name].shape)}"
+                f"network needs {list(parameters[name].shape)}"
             )
-    network.load_state_dict({n: own[n] if n in other else weights[n] for n in own})
+    network.load_state_dict({n: parameters[n] if n in reshaped else weights[n] for n in parameters})
 
 
-def _belonging(found: dict[str, Tensor], own: set[str], path: Path) -> dict[str, Tensor]:
+def _strip_prefix(tensors: dict[str, Tensor], names: set[str], path: Path) -> dict[str, Tensor]:
     """The tensors under the prefix that fits a network's names best, without it.
 
     Raises:
         InputError: several prefixes fit equally, and none is the usual place.
     """
     counts: dict[str, int] = {}
-    for given in found:
-        parts = given.split(".")
+    for name in tensors:
+        parts = name.split(".")
         for i in range(len(parts)):
-            if ".".join(parts[i:]) in own:
+            if ".".join(parts[i:]) in names:
                 prefix = ".".join([*parts[:i], ""])
                 counts[prefix] = counts.get(prefix, 0) + 1
-    most = max(counts.values(), default=0)
-    best = [prefix for prefix, count in counts.items() if count == most] or [""]
+    fitting = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == fitting] or [""]
     usual = [prefix for prefix in best if prefix.startswith(_PLACES)]
-    if most == len(own) and len(best) > 1 and len(usual) != 1:
+    if fitting == len(names) and len(best) > 1 and len(usual) != 1:
         raise InputError(
             f"{path.name} holds several networks that fit ({', '.join(sorted(best))}); write the "
             "weights of one into a file of its own"
         )
     prefix = (usual or best)[0]
-    return {n.removeprefix(prefix): value for n, value in found.items() if n.startswith(prefix)}
+    return {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file; its name is the way to it, joined by dots."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise several kinds
         raise InputError(f"{path.name} is not a readable file of weights: {_why(error)}") from error
-    found = dict(_tensors(whole, ""))
-    if not found:
+    tensors = dict(_tensors(checkpoint, ""))
+    if not tensors:
         raise InputError(f"{path.name} holds no weights by name (state_dict)")
-    return found
+    return tensors
 
 
 def _tensors(tree: object, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -109,10 +109,10 @@ def _tensors(tree: object, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def _why(error: Exception) -> str:
     text = str(error).strip()
-    held = re.search(r"GLOBAL ([\w.]+) was not", text)
-    if held:
+    refusal = re.search(r"GLOBAL ([\w.]+) was not", text)
+    if refusal:
         return (
-            f"it holds {held[1]}, which would run code; save the weights alone: "
+            f"it holds {refusal[1]}, which would run code; save the weights alone: "
             "torch.save(network.state_dict(), FILE)"
         )
     return first_line(error)[:200]

@@ -81,10 +81,10 @@ class DistillParams(Params, frozen=True):
         """See `gather_loss`."""
         return gather_loss(section)
 
-    def keyed(self) -> dict[str, Any]:
+    def key_tree(self) -> dict[str, Any]:
         """The loss's weights beside its name, as earlier releases had them: their runs count."""
         old = {name: default for name, (_, default) in OLD_WEIGHTS.items()}
-        return {**super().keyed(), "loss": self.loss.name, **old, **self.loss.weights}
+        return {**super().key_tree(), "loss": self.loss.name, **old, **self.loss.weights}
 
 
 def float_phase(params: DistillParams) -> DistillParams:
@@ -102,8 +102,8 @@ def describe_loss(params: DistillParams) -> str:
     if params.temperature_end is not None:
         temperature += f" to {params.temperature_end:g}"
     if params.soft_weight:
-        who = {"ensemble": "", "ema": " (own average)", "mutual": " (peer)"}[params.teacher]
-        words.append(f"{params.soft_weight:g} * {params.loss.term}{who}")
+        source = {"ensemble": "", "ema": " (own average)", "mutual": " (peer)"}[params.teacher]
+        words.append(f"{params.soft_weight:g} * {params.loss.term}{source}")
     if params.feature_weight:
         words.append(f"{params.feature_weight:g} * MSE of features")
     return " + ".join(words) + (f", T = {temperature}" if params.soft_weight else "")

@@ -65,10 +65,10 @@ def convert(
     Raises:
         InputError: unreadable, or an alpha whose meaning nobody said.
     """
-    given = _flat(_read(path))
+    settings = _flat(_load_settings(path))
     section: dict[str, Any] = {}
     unknown = []
-    for name, value in given.items():
+    for name, value in settings.items():
         key = name.rpartition(".")[2].lower()
         if key in _NAMES:
             section[_NAMES[key]] = value
@@ -76,7 +76,7 @@ def convert(
             section.update(_weights(path, name, value, alpha_is))
         elif key not in _SWITCHES:
             unknown.append(name)
-    switches = {n: v for n, v in given.items() if n.rpartition(".")[2].lower() in _SWITCHES}
+    switches = {n: v for n, v in settings.items() if n.rpartition(".")[2].lower() in _SWITCHES}
     if any(value is False for value in switches.values()):
         section.update(hard_weight=1.0, soft_weight=0.0)
         section.pop("feature_weight", None)
@@ -85,11 +85,11 @@ def convert(
 
 def preset(name: str) -> dict[str, Any]:
     """One of PRESETS as the section `distill`."""
-    given = PRESETS[name]
-    soft: float = given["alpha"]
+    values = PRESETS[name]
+    soft: float = values["alpha"]
     return {
-        "student": given["student"],
-        "temperature": given["temperature"],
+        "student": values["student"],
+        "temperature": values["temperature"],
         "hard_weight": round(1 - soft, 10),
         "soft_weight": soft,
     }
@@ -117,36 +117,36 @@ def _weights(path: Path, name: str, value: Any, alpha_is: str | None) -> dict[st
     return {"hard_weight": round(hard, 10), "soft_weight": round(1 - hard, 10)}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
         text = path.read_text()
-        found = _assignments(text) if path.suffix == ".py" else yaml.safe_load(text)
+        tree = _assignments(text) if path.suffix == ".py" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, SyntaxError, yaml.YAMLError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(f"{path.name} is not a readable config: {first}") from error
-    if not isinstance(found, dict):
+    if not isinstance(tree, dict):
         raise InputError(f"{path.name} holds no names with values")
-    return found
+    return tree
 
 
 def _assignments(text: str) -> dict[str, Any]:
-    found = {}
+    values = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             try:
-                found[node.targets[0].id] = ast.literal_eval(node.value)
+                values[node.targets[0].id] = ast.literal_eval(node.value)
             except ValueError:  # computed: it would have to be run
                 continue
-    return found
+    return values
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            found.update(_flat(value, f"{prefix}{name}."))
+            flat.update(_flat(value, f"{prefix}{name}."))
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat

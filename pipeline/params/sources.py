@@ -57,8 +57,8 @@ class DataParams(Params, frozen=True):
     @property
     def splits(self) -> dict[str, SplitParams]:
         """The splits that are asked for, by name."""
-        given = {name: getattr(self, name) for name in SPLITS}
-        return {name: split for name, split in given.items() if split is not None}
+        splits = {name: getattr(self, name) for name in SPLITS}
+        return {name: split for name, split in splits.items() if split is not None}
 
     def only_modality(self) -> str:
         """The one name that a format of single images can have.
@@ -73,8 +73,8 @@ class DataParams(Params, frozen=True):
 
     def reading(self, digest: str) -> str:
         """The digest of a file as one of what is read from it: the file, and the names in it."""
-        about = [digest, self.format, self.modalities]
-        return sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        identity = [digest, self.format, self.modalities]
+        return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 class ViewParams(Params, frozen=True):

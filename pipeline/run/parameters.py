@@ -54,7 +54,7 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         return section
 
-    def keyed(self) -> dict[str, Any]:
+    def key_tree(self) -> dict[str, Any]:
         """What decides what a stage makes, as a JSON tree: no file names, no limits."""
         defaults = {field.name: field.default for field in msgspec.structs.fields(type(self))}
         return {
@@ -83,7 +83,7 @@ def marks(kind: type[Params]) -> dict[str, dict[str, Any]]:
 
 def _tree(value: Any) -> Any:  # noqa: ANN401 - a JSON tree
     if isinstance(value, Params):
-        return value.keyed()
+        return value.key_tree()
     if isinstance(value, dict):
         return {str(key): _tree(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -198,8 +198,8 @@ class _Place:
 def _options(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401 - a type
     """The members of a union without their marks, or the type alone; `one_of` as Literal."""
     if get_origin(kind) is Annotated:
-        inner, *found = get_args(kind)
-        words = [mark.extra["one_of"] for mark in found if "one_of" in (mark.extra or {})]
+        inner, *notes = get_args(kind)
+        words = [mark.extra["one_of"] for mark in notes if "one_of" in (mark.extra or {})]
         return (Literal[words[0]],) if words else _options(inner)
     if get_origin(kind) in (Union, UnionType):
         return tuple(option for member in get_args(kind) for option in _options(member))

@@ -195,7 +195,7 @@ class RunState:
             "code_version": definition.code_version,
             "seed": self.config.seed,
             "contract": self.contract_digest(),
-            "params": self.config.params[stage].keyed(),
+            "params": self.config.params[stage].key_tree(),
             "sources": {
                 name: self._source_digest(stage, name, path)
                 for name, path in self.sources(stage).items()

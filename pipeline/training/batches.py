@@ -69,10 +69,10 @@ class StudentBatches(Dataset[Batch]):
         """Of all samples, (N,)."""
         return np.concatenate([split.labels for split in self._splits.values()])
 
-    def __getitem__(self, chosen: Chosen) -> Batch:
+    def __getitem__(self, selection: Chosen) -> Batch:
         """The batch of these samples, in some order."""
-        view, listed = chosen
-        indices = np.sort(np.asarray(listed))  # ascending: maps are read forwards
+        view, positions = selection
+        indices = np.sort(np.asarray(positions))  # ascending: maps are read forwards
         parts = [self._part(number, view, indices) for number in range(len(self._splits))]
         parts = [part for part in parts if len(part.labels)]
         if len(parts) == 1:
@@ -82,7 +82,7 @@ class StudentBatches(Dataset[Batch]):
             torch.cat(tensors),
             torch.cat(labels),
             torch.cat(logits),
-            [torch.cat(same) for same in zip(*features, strict=True)],
+            [torch.cat(pieces) for pieces in zip(*features, strict=True)],
         )
 
     def _part(self, number: int, view: int, indices: NDArray[np.int64]) -> Batch:
@@ -90,18 +90,18 @@ class StudentBatches(Dataset[Batch]):
         name = list(self._splits)[number]
         split = self._splits[name]
         low, high = np.searchsorted(indices, self._starts[number : number + 2])
-        own = indices[low:high] - self._starts[number]
-        images = split.images[own]
-        logits, features = torch.empty(len(own), 0), []
-        if self._teaching is not None and len(own):
+        rows = indices[low:high] - self._starts[number]
+        images = split.images[rows]
+        logits, features = torch.empty(len(rows), 0), []
+        if self._teaching is not None and len(rows):
             ensemble = self._teaching.ensemble
-            images = take_view(images, split.rows[own], view, ensemble.views, ensemble.seed)
+            images = take_view(images, split.rows[rows], view, ensemble.views, ensemble.seed)
             if self._answers:
-                outputs = self._teaching.outputs(name, own, view)
+                outputs = self._teaching.outputs(name, rows, view)
                 logits = torch.from_numpy(outputs.logits)
                 features = [torch.from_numpy(feature) for feature in outputs.features]
         tensor = torch.from_numpy(student_tensor(images, self._given))
-        return Batch(tensor, torch.from_numpy(split.labels[own]), logits, features)
+        return Batch(tensor, torch.from_numpy(split.labels[rows]), logits, features)
 
 
 class Order(Sampler[Chosen]):
@@ -202,8 +202,8 @@ def loader(data: StudentBatches, sampler: Sampler[Chosen], workers: int) -> Data
 
 def class_shares(labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     """Share of every class among the labelled samples, (classes,); they sum to 1."""
-    known = labels[labels != UNLABELED]
-    counts = np.bincount(known, minlength=classes).astype(np.float64)
+    labeled = labels[labels != UNLABELED]
+    counts = np.bincount(labeled, minlength=classes).astype(np.float64)
     shares: NDArray[np.float64] = counts / counts.sum()
     return shares
 
@@ -214,7 +214,7 @@ def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.floa
     Unlabeled samples together keep the share that they have.
     """
     shares = class_shares(labels, classes)
-    known = labels != UNLABELED
+    labeled = labels != UNLABELED
     weights = np.ones(len(labels))
-    weights[known] = 1 / (shares[labels[known]] * (shares > 0).sum())
+    weights[labeled] = 1 / (shares[labels[labeled]] * (shares > 0).sum())
     return weights

@@ -110,12 +110,12 @@ def _train_on_grid(
         onnx = stage.outputs.student if name == "after" else folder / f"{name}.onnx"
         exported = _export(stage, job, grid_outcome, onnx, "student" if name == "after" else name)
         facts[name] = structs.replace(exported, int8=start.int8_facts(job, onnx))
-    after = facts["after"]
+    grid_facts = facts["after"]
     student = structs.replace(
-        after,
-        epochs=float_facts.epochs + after.epochs,
-        steps=float_facts.steps + after.steps,
-        best_epoch=float_facts.epochs + after.best_epoch,
+        grid_facts,
+        epochs=float_facts.epochs + grid_facts.epochs,
+        steps=float_facts.steps + grid_facts.steps,
+        best_epoch=float_facts.epochs + grid_facts.best_epoch,
         rewrites=float_facts.rewrites,
         int8=None,
     )

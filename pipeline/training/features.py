@@ -46,8 +46,8 @@ class FeatureTaps(nn.Module):
         self._pairs: list[tuple[str, int]] = []
         layers = dict(student.named_modules())
         for pair in wanted:
-            _known("distill.features.student", pair.student, list(layers))
-            _known("distill.features.teacher", pair.teacher, list(names))
+            _check_name("distill.features.student", pair.student, list(layers))
+            _check_name("distill.features.teacher", pair.teacher, list(names))
             layers[pair.student].register_forward_hook(self._keeper(pair.student))
             self._pairs.append((pair.student, list(names).index(pair.teacher)))
         with torch.no_grad():
@@ -74,19 +74,19 @@ class FeatureTaps(nn.Module):
         return torch.stack(losses).mean()
 
 
-def _known(key: str, name: str, names: Sequence[str]) -> None:
+def _check_name(key: str, name: str, names: Sequence[str]) -> None:
     if name not in names or not name:
         raise InputError(f"{key}: there is no {name!r}; near are {near_names(name, names)}")
 
 
-def _adapter(layer: str, own: Tensor, teacher: Tensor) -> nn.Module:
-    if own.ndim not in (2, 4) or teacher.ndim not in (2, 4):
+def _adapter(layer: str, student: Tensor, teacher: Tensor) -> nn.Module:
+    if student.ndim not in (2, 4) or teacher.ndim not in (2, 4):
         raise InputError(
-            f"distill.features: {layer} is {list(own.shape[1:])} and the teacher's tensor "
+            f"distill.features: {layer} is {list(student.shape[1:])} and the teacher's tensor "
             f"{list(teacher.shape[1:])}; maps (C, H, W) or vectors (C) can be matched"
         )
-    if own.shape[1] == teacher.shape[1]:
+    if student.shape[1] == teacher.shape[1]:
         return nn.Identity()
-    if own.ndim == 4:
-        return nn.Conv2d(own.shape[1], teacher.shape[1], 1, bias=False)
-    return nn.Linear(own.shape[1], teacher.shape[1], bias=False)
+    if student.ndim == 4:
+        return nn.Conv2d(student.shape[1], teacher.shape[1], 1, bias=False)
+    return nn.Linear(student.shape[1], teacher.shape[1], bias=False)

@@ -92,8 +92,8 @@ class FoldedNetwork(nn.Module):
         self._roots = placement.root
         self._grids: dict[str, tuple[float, int]] = {}  # of tensors with a grid of their own
         if ranges is not None:
-            found = {name: tensor_grid(ranges.of(name)) for name in placement.tensors}
-            self._grids = {n: (float(g.scale[0]), int(g.zero_point[0])) for n, g in found.items()}
+            grids = {name: tensor_grid(ranges.of(name)) for name in placement.tensors}
+            self._grids = {n: (float(g.scale[0]), int(g.zero_point[0])) for n, g in grids.items()}
         self._on_chip = {name for node in parts.core.graph.node for name in node.output}
         self._constants: dict[str, Any] = {}
         self.weights = nn.ParameterDict()
@@ -102,22 +102,22 @@ class FoldedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes, ...) of float32 tensors (N, C, H, W)."""
-        known = {self._input: self._stored(self._input, x)}
+        tensors = {self._input: self._put_on_grid(self._input, x)}
         for step in self._steps:
-            inputs = [self._operand(name, known) for name in step.inputs]
+            inputs = [self._operand(name, tensors) for name in step.inputs]
             if step.weight_axis is not None:
-                inputs[1:] = _rounded(step, *inputs[1:])
-            made = OPERATORS[step.operator](step.attributes, *inputs)
-            made = made if isinstance(made, tuple) else (made,)
-            for name, tensor in zip(step.outputs, made, strict=True):
-                known[name] = self._stored(name, tensor)
+                inputs[1:] = _round_parameters(step, *inputs[1:])
+            outputs = OPERATORS[step.operator](step.attributes, *inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            for name, tensor in zip(step.outputs, outputs, strict=True):
+                tensors[name] = self._put_on_grid(name, tensor)
             for name in step.finished:
-                del known[name]
-        logits = known[self._output]
+                del tensors[name]
+        logits = tensors[self._output]
         # A network that ends in a single position, such as (N, classes, 1, 1), gives (N, classes).
         return logits.flatten(1) if logits.shape[2:].numel() == 1 else logits
 
-    def exported(self) -> onnx.ModelProto:
+    def export(self) -> onnx.ModelProto:
         """The folded float graph, batch 1, with the present weights and nothing else changed."""
         result = copy_proto(self._parts.student)
         for tensor in result.graph.initializer:
@@ -127,14 +127,14 @@ class FoldedNetwork(nn.Module):
         return result
 
     def _take_constants(self, graph: onnx.GraphProto) -> None:
-        trained = {n for node in graph.node if node.op_type in COMPUTE for n in node.input[1:3]}
+        trainable = {n for node in graph.node if node.op_type in COMPUTE for n in node.input[1:3]}
         int8 = self._int8_operands(graph)
         for name, value in constants_of(self._parts.student).items():
-            if name in trained:
+            if name in trainable:
                 self.weights[_attribute(name)] = nn.Parameter(torch.from_numpy(value.copy()))
             elif value.dtype == np.float32:
-                kept = _operand_on_grid(value) if name in int8 else value
-                self.register_buffer(_buffer(name), torch.tensor(kept), persistent=False)
+                constant = _operand_on_grid(value) if name in int8 else value
+                self.register_buffer(_buffer(name), torch.tensor(constant), persistent=False)
         for tensor in graph.initializer:  # whose targets of Reshape have a free batch
             value = numpy_helper.to_array(tensor)
             if value.dtype != np.float32:
@@ -146,43 +146,43 @@ class FoldedNetwork(nn.Module):
             return set()
         chip = [node for node in graph.node if node.output[0] in self._on_chip]
         operands = {name for n in chip if n.op_type in _ELEMENTWISE for name in n.input}
-        others = (node for node in chip if node.op_type not in _ELEMENTWISE)
-        return operands - {name for node in others for name in node.input}
+        computing = (node for node in chip if node.op_type not in _ELEMENTWISE)
+        return operands - {name for node in computing for name in node.input}
 
     def _steps_of(self, graph: onnx.GraphProto) -> list[_Step]:
         last = {name: i for i, node in enumerate(graph.node) for name in node.input}
-        made = {self._input, *(name for node in graph.node for name in node.output)}
+        activations = {self._input, *(name for node in graph.node for name in node.output)}
         steps = []
         for i, node in enumerate(graph.node):
             int8 = bool(self._grids) and node.op_type in COMPUTE and node.output[0] in self._on_chip
             outputs = tuple(node.output)
-            ended = {n for n in node.input if n in made and last[n] == i}
-            ended |= {n for n in outputs if n not in last and n != self._output}
+            finished = {n for n in node.input if n in activations and last[n] == i}
+            finished |= {n for n in outputs if n not in last and n != self._output}
             steps.append(
                 _Step(
                     node.op_type,
                     {**attributes_of(node), "outputs": len(outputs)},
                     tuple(node.input),
                     outputs,
-                    tuple(ended),
+                    tuple(finished),
                     channel_axis(node) if int8 else None,
                     self._grids[self._roots[node.input[0]]][0] if int8 else 1.0,
                 )
             )
         return steps
 
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+    def _put_on_grid(self, name: str, tensor: Tensor) -> Tensor:
         """An activation as its codes carry it; tensors that share a grid are on it already."""
         if name not in self._grids:
             return tensor
         scale, zero_point = self._grids[name]
         return torch.fake_quantize_per_tensor_affine(tensor, scale, zero_point, -128, 127)
 
-    def _operand(self, name: str, known: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - or numbers
+    def _operand(self, name: str, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - or numbers
         if not name:
             return None
-        if name in known:
-            return known[name]
+        if name in tensors:
+            return tensors[name]
         if name in self._constants:
             return self._constants[name]
         if (attribute := _attribute(name)) in self.weights:
@@ -202,8 +202,8 @@ def weight_scales(weight: Tensor, bias: Tensor | None, input_scale: float, axis:
     Returns:
         float32, (channels,), without a gradient.
     """
-    others = [i for i in range(weight.ndim) if i != axis]
-    scales = weight.detach().abs().amax(dim=others) / 127
+    inner_axes = [i for i in range(weight.ndim) if i != axis]
+    scales = weight.detach().abs().amax(dim=inner_axes) / 127
     if bias is not None:
         scales = scales.maximum(bias.detach().abs() / (2.0**_BIAS_BITS * input_scale))
     return scales.where(scales >= torch.finfo(torch.float32).tiny, 1.0)
@@ -219,15 +219,15 @@ def _on_grid(value: Tensor, step: Tensor, codes: torch.dtype) -> Tensor:
     return value + (rounded - value).detach()
 
 
-def _rounded(step: _Step, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+def _round_parameters(step: _Step, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
     """Weights on their int8 grid, biases on the int32 grid of the sums."""
     assert step.weight_axis is not None
     scales = weight_scales(weight, bias, step.input_scale, step.weight_axis)
     shape = [-1 if i == step.weight_axis else 1 for i in range(weight.ndim)]
-    found = [_on_grid(weight, scales.reshape(shape), torch.float32)]
+    parameters = [_on_grid(weight, scales.reshape(shape), torch.float32)]
     if bias is not None:
-        found.append(_on_grid(bias, scales * step.input_scale, torch.float64))
-    return found
+        parameters.append(_on_grid(bias, scales * step.input_scale, torch.float64))
+    return parameters
 
 
 def _operand_on_grid(value: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -281,6 +281,6 @@ def check_trainable(exported: Path) -> None:
 def export_folded(network: nn.Module, path: Path) -> None:
     """Write a folded network with its present weights as float ONNX, batch 1."""
     assert isinstance(network, FoldedNetwork)
-    model = network.exported()
+    model = network.export()
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

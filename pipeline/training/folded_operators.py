@@ -19,97 +19,97 @@ if TYPE_CHECKING:
     Attributes = Mapping[str, Any]
 
 
-def _padded(x: Tensor, given: Attributes, value: float = 0.0) -> tuple[Tensor, list[int]]:
+def _pad_rest(x: Tensor, attributes: Attributes, value: float = 0.0) -> tuple[Tensor, list[int]]:
     """What torch's kernels pad themselves (rows, columns); an uneven rest is padded here."""
-    top, left, bottom, right = given.get("pads", (0, 0, 0, 0))
+    top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
     if (top, left) == (bottom, right):
         return x, [top, left]
     return F.pad(x, (left, right, top, bottom), value=value), [0, 0]
 
 
-def _conv(given: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    x, padding = _padded(x, given)
+def _conv(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, padding = _pad_rest(x, attributes)
     return F.conv2d(
         x,
         weight,
         bias,
-        stride=given.get("strides", 1),
+        stride=attributes.get("strides", 1),
         padding=padding,
-        dilation=given.get("dilations", 1),
-        groups=given.get("group", 1),
+        dilation=attributes.get("dilations", 1),
+        groups=attributes.get("group", 1),
     )
 
 
 def _conv_transpose(
-    given: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     return F.conv_transpose2d(
         x,
         weight,
         bias,
-        stride=given.get("strides", 1),
-        padding=list(given.get("pads", (0, 0)))[:2],
-        output_padding=given.get("output_padding", 0),
-        groups=given.get("group", 1),
-        dilation=given.get("dilations", 1),
+        stride=attributes.get("strides", 1),
+        padding=list(attributes.get("pads", (0, 0)))[:2],
+        output_padding=attributes.get("output_padding", 0),
+        groups=attributes.get("group", 1),
+        dilation=attributes.get("dilations", 1),
     )
 
 
-def _gemm(given: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight if given.get("transB", 0) else weight.t(), bias)
+def _gemm(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight if attributes.get("transB", 0) else weight.t(), bias)
 
 
 def _clip(
-    given: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
+    attributes: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
 ) -> Tensor:
     return x.clamp(low, high)
 
 
-def _hard_sigmoid(given: Attributes, x: Tensor) -> Tensor:
-    alpha, beta = float(given.get("alpha", 0.2)), float(given.get("beta", 0.5))
+def _hard_sigmoid(attributes: Attributes, x: Tensor) -> Tensor:
+    alpha, beta = float(attributes.get("alpha", 0.2)), float(attributes.get("beta", 0.5))
     return (x * alpha + beta).clamp(0, 1)
 
 
-def _prelu(given: Attributes, x: Tensor, slope: Tensor) -> Tensor:
+def _prelu(attributes: Attributes, x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x >= 0, x, x * slope)
 
 
-def _average_pool(given: Attributes, x: Tensor) -> Tensor:
-    x, padding = _padded(x, given)
+def _average_pool(attributes: Attributes, x: Tensor) -> Tensor:
+    x, padding = _pad_rest(x, attributes)
     return F.avg_pool2d(
         x,
-        given["kernel_shape"],
-        given.get("strides", 1),
+        attributes["kernel_shape"],
+        attributes.get("strides", 1),
         padding,
-        ceil_mode=bool(given.get("ceil_mode", 0)),
-        count_include_pad=bool(given.get("count_include_pad", 0)),
+        ceil_mode=bool(attributes.get("ceil_mode", 0)),
+        count_include_pad=bool(attributes.get("count_include_pad", 0)),
     )
 
 
-def _max_pool(given: Attributes, x: Tensor) -> Tensor:
-    x, padding = _padded(x, given, value=float("-inf"))
+def _max_pool(attributes: Attributes, x: Tensor) -> Tensor:
+    x, padding = _pad_rest(x, attributes, value=float("-inf"))
     return F.max_pool2d(
         x,
-        given["kernel_shape"],
-        given.get("strides", 1),
+        attributes["kernel_shape"],
+        attributes.get("strides", 1),
         padding,
-        dilation=given.get("dilations", 1),
-        ceil_mode=bool(given.get("ceil_mode", 0)),
+        dilation=attributes.get("dilations", 1),
+        ceil_mode=bool(attributes.get("ceil_mode", 0)),
     )
 
 
-def _reshape(given: Attributes, x: Tensor, shape: Sequence[int]) -> Tensor:
+def _reshape(attributes: Attributes, x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
 
 
-def _squeeze(given: Attributes, x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
+def _squeeze(attributes: Attributes, x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     if axes is None:
         axes = [i for i, size in enumerate(x.shape) if size == 1 and i]
     return x.squeeze(tuple(axes))
 
 
 def _slice(
-    given: Attributes,
+    attributes: Attributes,
     x: Tensor,
     starts: Sequence[int],
     ends: Sequence[int],
@@ -123,19 +123,25 @@ def _slice(
     return x
 
 
-def _split(given: Attributes, x: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, ...]:
-    axis = given.get("axis", 0)
-    return torch.split(x, list(sizes) if sizes else x.shape[axis] // given["outputs"], dim=axis)
+def _split(
+    attributes: Attributes, x: Tensor, sizes: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    axis = attributes.get("axis", 0)
+    return torch.split(
+        x, list(sizes) if sizes else x.shape[axis] // attributes["outputs"], dim=axis
+    )
 
 
-def _pad(given: Attributes, x: Tensor, pads: Sequence[int], value: Tensor | None = None) -> Tensor:
+def _pad(
+    attributes: Attributes, x: Tensor, pads: Sequence[int], value: Tensor | None = None
+) -> Tensor:
     rank = len(pads) // 2
     pairs = [side for axis in reversed(range(rank)) for side in (pads[axis], pads[axis + rank])]
     return F.pad(x, pairs, value=0.0 if value is None else float(value))
 
 
 def _resize(
-    given: Attributes,
+    attributes: Attributes,
     x: Tensor,
     roi: Tensor | None = None,
     scales: Tensor | None = None,
@@ -144,7 +150,7 @@ def _resize(
     if sizes is None:
         assert scales is not None
         sizes = [int(n * factor) for n, factor in zip(x.shape, scales.tolist(), strict=True)]
-    linear = given.get("mode", b"nearest") == b"linear"
+    linear = attributes.get("mode", b"nearest") == b"linear"
     options = {"mode": "bilinear", "align_corners": False} if linear else {"mode": "nearest"}
     return F.interpolate(x, list(sizes[-2:]), **options)
 

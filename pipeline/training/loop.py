@@ -290,8 +290,8 @@ def _order(
     )
     steps = None
     if not job.soft and job.data.unlabeled is not None:
-        whole = len(data) + len(job.data.unlabeled)
-        steps = max(1, whole // (params.batch_size * processes))
+        samples = len(data) + len(job.data.unlabeled)
+        steps = max(1, samples // (params.batch_size * processes))
     return Order(
         len(data),
         params.batch_size,
@@ -359,8 +359,8 @@ def _finish(loggers: Sequence[Logger]) -> None:
 
 def _resume_point(folder: Path) -> Path | None:
     """The checkpoint of the last epoch that was written whole."""
-    found = sorted(folder.glob("last-epoch=*.ckpt"), key=_epoch_of, reverse=True)
-    for path in found:
+    checkpoints = sorted(folder.glob("last-epoch=*.ckpt"), key=_epoch_of, reverse=True)
+    for path in checkpoints:
         try:
             torch.load(path, weights_only=False, map_location="cpu", mmap=True)
         except (RuntimeError, EOFError, OSError, BadZipFile, pickle.UnpicklingError):

@@ -83,13 +83,13 @@ class QatStart:
         onnx.save(parts.student, student)
         train = job.data.train
         random = np.random.default_rng(job.seed)
-        chosen = random.permutation(len(train))[:SAMPLES]
-        samples = job.data.tensors(train, np.sort(chosen))
+        rows = random.permutation(len(train))[:SAMPLES]
+        samples = job.data.tensors(train, np.sort(rows))
         start = QatStart(student, scratch / "samples.npy", scratch / "ranges.json", len(samples))
         np.save(start.samples, samples[:, None])
-        seen = open_observations(parts)
-        seen.add(samples, lambda count: None)
-        choose(seen, "mse").save(start.ranges)
+        observer = open_observations(parts)
+        observer.add(samples, lambda count: None)
+        choose(observer, "mse").save(start.ranges)
         return start
 
     def job(

@@ -48,15 +48,15 @@ def dkd_loss(
     teacher_target, teacher_rest = _decouple(teacher, target, is_target)
     target_part = _divergence(student_target, teacher_target)
     nontarget_part = _divergence(student_rest, teacher_rest)
-    both = target_weight * target_part + nontarget_weight * nontarget_part
-    return temperature**2 * both.mean()
+    divergence = target_weight * target_part + nontarget_weight * nontarget_part
+    return temperature**2 * divergence.mean()
 
 
 def _decouple(logits: Tensor, target: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (target, all others), (N, 2), and of each among the others."""
-    whole = logits.logsumexp(dim=1, keepdim=True)
+    total = logits.logsumexp(dim=1, keepdim=True)
     rest = logits.masked_fill(is_target, -torch.inf).logsumexp(dim=1, keepdim=True)
-    binary = torch.cat([logits.gather(1, target) - whole, rest - whole], dim=1)
+    binary = torch.cat([logits.gather(1, target) - total, rest - total], dim=1)
     # Equal in both, the target's own column adds nothing to the divergence of the rest.
     return binary, (logits - rest).masked_fill(is_target, 0.0)
 

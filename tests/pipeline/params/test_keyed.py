@@ -89,5 +89,5 @@ def test_keyed_parameters_are_those_of_earlier_releases(tmp_path, name, monkeypa
     else:
         path.write_text(CONFIGS[name])
     params = load_config(path, load_stages()).params
-    keyed = {stage: json.loads(json.dumps(section.keyed())) for stage, section in params.items()}
+    keyed = {stage: json.loads(json.dumps(section.key_tree())) for stage, section in params.items()}
     assert keyed == RECORDED[name]

@@ -47,7 +47,7 @@ def test_an_input_nobody_makes_is_named():
 
 
 def test_file_names_and_limits_do_not_decide_what_a_stage_makes():
-    assert SomeParams(file="other", limit=9.0).keyed() == {"value": 1, "inner": [1, 2]}
+    assert SomeParams(file="other", limit=9.0).key_tree() == {"value": 1, "inner": [1, 2]}
 
 
 def test_a_parameter_of_a_later_release_decides_only_where_it_is_not_as_before():

@@ -99,8 +99,8 @@ class Fed(FoldedNetwork):
         self._widest = [before + each for each in widest(kind, operator, given, inputs)]
         return operator(given, *inputs)
 
-    def _stored(self, name, tensor):
-        stored, apart = super()._stored(name, tensor), self._widest.pop(0)
+    def _put_on_grid(self, name, tensor):
+        stored, apart = super()._put_on_grid(name, tensor), self._widest.pop(0)
         if name not in self._other:
             self._unstored[id(stored)] = stored, apart
             return stored
@@ -460,7 +460,7 @@ def test_training_on_the_grid_reaches_every_weight_and_exports_a_clean_graph(tmp
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-    model = network.exported()
+    model = network.export()
     onnx.checker.check_model(model, full_check=True)
     assert [n.op_type for n in model.graph.node] == [n.op_type for n in parts.student.graph.node]
     written = FoldedNetwork(prepare(model)).state_dict()
@@ -504,7 +504,7 @@ def test_training_on_a_coarse_grid_gains_where_more_training_in_float_does_not(t
     ranges = replace(found, tensors=wide)
 
     def int8_top1(folded):
-        parts = prepare(folded.exported())
+        parts = prepare(folded.export())
         int8 = quantize_graph(parts.core, ranges, scheme=SCHEME)
         made = int8_network(parts, int8, SCHEME)(frames[1024:].numpy())
         return (made.argmax(axis=1) == labels[1024:].numpy()).mean()
