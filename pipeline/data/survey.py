@@ -146,14 +146,18 @@ class _Moments:
     def result(self, minimum: NDArray[np.float64], maximum: NDArray[np.float64]) -> BandStatistics:
         """The statistics, beside the extremes of the stored values."""
         channels = self._channels
-        bands, gain = len(channels.bands), channels.scaling.gain
+        bands = len(channels.bands)
+        # As float32, in which `scale` computes.
+        gain, offset = (
+            float(np.float32(v)) for v in (channels.scaling.gain, channels.scaling.offset)
+        )
         shift, square = self._sums.reshape(2, -1, bands).sum(axis=1) / self._pixels
         mean = self._center[:bands] + shift
         return BandStatistics(
             bands=channels.bands,
             minimum=minimum,
             maximum=maximum,
-            mean=mean * gain + channels.scaling.offset,
+            mean=mean * gain + offset,
             sigma=np.sqrt(np.maximum(square - shift**2, 0)) * gain,
             sample=scale(np.concatenate(self._sample), channels.scaling),
         )

@@ -57,7 +57,7 @@ PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """What ingest takes in, opened and bound to each other."""
 
     task: Task
@@ -94,7 +94,7 @@ def ingest(job: Job, params: IngestParams) -> IngestFacts:
             for name in inputs.splits
         }
         live = _live_writers(job, params, inputs, files)
-        asker = _Asker(params, inputs)
+        asker = Asker(params, inputs)
 
         def follow(name: str, block: Block) -> None:
             images[name].add(block)
@@ -160,19 +160,20 @@ def label_shard(
     return missing
 
 
-class _Asker:
+class Asker:
     """Asks the teachers about blocks while they are in memory, for as long as that is cheap.
 
     Before every patch was seen the data may yet be refused, so teachers that take long are asked
     afterwards, by `LogitCache.fill`, which reads what is missing once more.
     """
 
-    def __init__(self, params: IngestParams, inputs: _Inputs) -> None:
+    def __init__(self, params: IngestParams, inputs: Inputs) -> None:
         self._inputs = inputs
         self._views = needed_views(params, inputs.splits)
         self._seconds_left = PATIENCE_S
 
     def ask(self, split: str, block: Block) -> None:
+        """Ask about a block of a split, unless nobody needs that or the time is up."""
         if split not in self._views or self._seconds_left <= 0:
             return
         begin = time.monotonic()
@@ -180,7 +181,7 @@ class _Asker:
         self._seconds_left -= time.monotonic() - begin
 
 
-def _open_inputs(job: Job, params: IngestParams) -> _Inputs:
+def _open_inputs(job: Job, params: IngestParams) -> Inputs:
     contract, task = load_contract(job.sources["contract"]), open_task(params.task)
     check_labels_file(job, contract)
     splits = open_splits(params.data, job.sources, contract.labels, job.seed, task)
@@ -197,7 +198,7 @@ def _open_inputs(job: Job, params: IngestParams) -> _Inputs:
     digests = {n: params.data.reading(job.digest(s.source.path)) for n, s in splits.items()}
     if params.data.cache:
         splits = _copy_sources(job, splits, bands, digests)
-    return _Inputs(
+    return Inputs(
         task=task,
         contract=contract,
         splits=splits,
@@ -267,7 +268,7 @@ def _copy_sources(
     }
 
 
-def _survey(job: Job, inputs: _Inputs, follow: Callable[[str, Block], None]) -> dict[str, Survey]:
+def _survey(job: Job, inputs: Inputs, follow: Callable[[str, Block], None]) -> dict[str, Survey]:
     """Read every split once; `follow` is called with the name of the split and each block."""
     surveys = {}
     for name, split in inputs.splits.items():
@@ -277,22 +278,20 @@ def _survey(job: Job, inputs: _Inputs, follow: Callable[[str, Block], None]) -> 
 
 
 def _make_student_input(
-    params: IngestParams, inputs: _Inputs, ranges: list[tuple[float, float]]
+    params: IngestParams, inputs: Inputs, ranges: list[tuple[float, float]]
 ) -> StudentInput:
     return make_student_input(
         params.student, inputs.student_channels, inputs.train_hw, ranges, inputs.contract.sha256
     )
 
 
-def _image_writer(
-    job: Job, inputs: _Inputs, name: str, student: StudentInput | None
-) -> ImageWriter:
+def _image_writer(job: Job, inputs: Inputs, name: str, student: StudentInput | None) -> ImageWriter:
     folder = job.outputs.test_set if name == "test" else job.outputs.dataset / name
     return ImageWriter(folder, inputs.splits[name], inputs.student_channels, student)
 
 
 def _live_writers(
-    job: Job, params: IngestParams, inputs: _Inputs, files: ExitStack
+    job: Job, params: IngestParams, inputs: Inputs, files: ExitStack
 ) -> dict[str, LivePatchWriter]:
     """By split that trains, what copies the teachers' bands for live teachers."""
     if params.teacher_mode != "live":
@@ -306,7 +305,7 @@ def _live_writers(
 
 
 def _describe_splits(
-    inputs: _Inputs, splits: Mapping[str, Split], surveys: Mapping[str, Survey]
+    inputs: Inputs, splits: Mapping[str, Split], surveys: Mapping[str, Survey]
 ) -> dict[str, SplitFacts]:
     return {
         name: SplitFacts(
@@ -320,7 +319,7 @@ def _describe_splits(
 
 def _write_documents(
     job: Job,
-    inputs: _Inputs,
+    inputs: Inputs,
     student: StudentInput,
     splits: Mapping[str, SplitFacts],
     synthetic: list[str],
