@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from metis.voyager.device_constants import exact_range
 from pipeline.data.synthetic import SIZE, write_so2sat
-from preprocessing.apply import encode, normalized, scale, student_tensor, teacher_tensor
+from preprocessing.apply import encode, normalize, scale, student_tensor, teacher_tensor
 from preprocessing.contract import Channels, Scaling, ZScore
 from preprocessing.student_input import StudentInput, linear_encoding
 
@@ -151,8 +151,8 @@ def make_splits(train: int, test: int, smoothed: int = 1) -> Splits:
         tensors = {
             FLOAT: teacher_tensor(reflectance, channels, (SIZE, SIZE)),
             ROUNDED: rounded(contract),
-            TRUNCATED: normalized(truncated, contract),
-            STRETCHED: normalized(script, stretched),
+            TRUNCATED: normalize(truncated, contract),
+            STRETCHED: normalize(script, stretched),
             PERCENTILE: rounded(fitted),
         }
         return Split(tensors, labels)

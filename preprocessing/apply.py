@@ -157,17 +157,17 @@ def student_tensor(images: NDArray[np.uint8], student_input: StudentInput) -> ND
     new_height, new_width = student_input.size_hw
     if student_input.interpolation == "nearest" and new_height >= height and new_width >= width:
         # Nearest only repeats pixels, so the few are normalized and not the many.
-        small = normalized(images, student_input)
+        small = normalize(images, student_input)
         return resize_nearest(
             small, (2, 3), student_input.size_hw, student_input.half_pixel_centers
         )
     # Resized channel by channel, the values already lie in the network's order.
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(-1, height, width, 1)
     nchw = device_image(planes, student_input).reshape(count, channels, new_height, new_width)
-    return normalized(nchw.transpose(0, 2, 3, 1), student_input)
+    return normalize(nchw.transpose(0, 2, 3, 1), student_input)
 
 
-def normalized(images: NDArray[np.uint8], student_input: StudentInput) -> NDArray[np.float32]:
+def normalize(images: NDArray[np.uint8], student_input: StudentInput) -> NDArray[np.float32]:
     """Device images of the network's size to its input: `(grey - mean) / std`, in float32.
 
     The subtraction comes first, as in the device pipeline's normalize operator.

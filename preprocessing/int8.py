@@ -66,10 +66,10 @@ def quantize(tensor: NDArray[np.float32], scale: float, zero_point: int) -> NDAr
 
     Source: Voyager SDK runtime documentation.
     """
-    return _rounded(tensor, scale, zero_point).astype(np.int8)
+    return _round_to_grid(tensor, scale, zero_point).astype(np.int8)
 
 
-def _rounded(
+def _round_to_grid(
     tensor: NDArray[np.float32],
     scale: float,
     zero_point: int,
@@ -126,7 +126,7 @@ class InputBuffer:
                 f"tensor {self.spec.name!r} takes {self.spec.unpadded} (NHWC) before padding, "
                 f"not {(n, h, w, c)}"
             )
-        _rounded(tensor, self.spec.scale, self.spec.zero_point, out=self._rounded)
+        _round_to_grid(tensor, self.spec.scale, self.spec.zero_point, out=self._rounded)
         # Channel by channel: NumPy copies a whole NCHW to NHWC four times slower.
         for channel in range(tensor.shape[1]):
             self._inside[..., channel] = self._rounded[:, channel]

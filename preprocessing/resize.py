@@ -140,13 +140,13 @@ def _bilinear_opencv(images: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDA
     low = np.clip(low, 0, width - 1)
     left = np.where(outside, 2048, weight[0])[:, None]
     right = np.where(outside, 0, weight[1])[:, None]
-    wide = _weighted(images, low, left, 2)
-    wide += _weighted(images, np.minimum(low + 1, width - 1), right, 2)
+    wide = _weigh(images, low, left, 2)
+    wide += _weigh(images, np.minimum(low + 1, width - 1), right, 2)
     wide >>= 4
     low, weight = _opencv_weights(height, size_hw[0])
-    above = _weighted(wide, np.clip(low, 0, height - 1), weight[0][:, None, None], 1)
+    above = _weigh(wide, np.clip(low, 0, height - 1), weight[0][:, None, None], 1)
     above >>= 16
-    below = _weighted(wide, np.clip(low + 1, 0, height - 1), weight[1][:, None, None], 1)
+    below = _weigh(wide, np.clip(low + 1, 0, height - 1), weight[1][:, None, None], 1)
     below >>= 16
     above += below
     above += 2
@@ -154,7 +154,7 @@ def _bilinear_opencv(images: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDA
     return above
 
 
-def _weighted(
+def _weigh(
     images: NDArray[np.int32] | NDArray[np.uint8],
     index: NDArray[np.intp],
     weight: NDArray[np.int32],
@@ -191,9 +191,9 @@ def _bilinear_pillow(images: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDA
             (index, weight.reshape(-1, *(1,) * (3 - axis)))
             for index, weight in zip(*_pillow_weights(values.shape[axis], new), strict=True)
         ]
-        total = _weighted(values, *taps[0], axis)
+        total = _weigh(values, *taps[0], axis)
         for tap in taps[1:]:
-            total += _weighted(values, *tap, axis)
+            total += _weigh(values, *tap, axis)
         total += 1 << 21
         total >>= 22
         values = total

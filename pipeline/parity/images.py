@@ -12,7 +12,7 @@ from metis.voyager.pipeline_reader import Pipeline, PipelineError, pipeline_diff
 from metis.voyager.pipeline_yaml import yaml_obstacle
 from pipeline.data.dataset import DatasetSplit, StudentData
 from pipeline.facts import ImageValues, PngLeg, YamlLeg
-from preprocessing.apply import normalized, student_tensor
+from preprocessing.apply import normalize, student_tensor
 from preprocessing.images import class_folders, read_png
 from preprocessing.student_input import StudentInput, linear_encoding
 
@@ -65,7 +65,7 @@ def image_legs(
     pipeline, yaml_fields = _read_pipeline(device_pipeline / f"{run}.yaml", student_input)
     by_png = _Found(fields)
     by_yaml = _Found(yaml_fields, None if pipeline is None else 0.0)
-    read_back = student_tensor if student_input.device_resize else normalized
+    read_back = student_tensor if student_input.device_resize else normalize
     for part, trained in data.blocks(val, _BLOCK):
         try:
             images = _read_images(folder, class_folders(data.labels), val, part, student_input)

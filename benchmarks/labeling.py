@@ -1,6 +1,6 @@
 """How fast the teachers' answers are made, against the bare onnxruntime session.
 
-    python benchmarks/labelling.py
+    python benchmarks/labeling.py
 
 The peer is `session.run` of the same model with the same threads on one ready batch, over and over.
 Ours reads patches from HDF5, scales, z-scores, resizes, asks, and keeps every block on disk. What
@@ -56,7 +56,7 @@ def main() -> None:
         "DenseNet of 30 thousand parameters": DenseNet(12, (3, 4, 4), num_classes=17, in_chans=10),
     }
     print(
-        "| teacher | onnxruntime | labelling / bare session, patches per s "
+        "| teacher | onnxruntime | labeling / bare session, patches per s "
         "| the same per CPU second | bar |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
