@@ -160,7 +160,7 @@ class Backend(Protocol):
         self,
         student: Path,
         samples: Path,
-        into: Path,
+        destination: Path,
         *,
         scheme: str,
         progress: Callable[[int], object] = ...,
@@ -171,7 +171,7 @@ class Backend(Protocol):
         Args:
             student: ONNX, opset 17, NCHW, batch 1.
             samples: .npy, float32, (N, 1, C, H, W), in the order in which they calibrate.
-            into: folder to write.
+            destination: folder to write.
             scheme: one of `SCHEMES`.
             progress: called with the number of samples just done.
             ranges: ranges.json of `metis.quantize.ranges`, for a backend that lets us choose them;
@@ -187,7 +187,7 @@ class Backend(Protocol):
     def compile(
         self,
         model: QuantizedModel,
-        into: Path,
+        destination: Path,
         *,
         aipu_cores: int,
         samples: Path | None = None,
@@ -197,7 +197,7 @@ class Backend(Protocol):
 
         Args:
             model: of `quantize`.
-            into: folder to write.
+            destination: folder to write.
             aipu_cores: also the batch of one call.
             samples: what calibrated the model, for a route that quantizes again.
             pipeline: folder of the device pipeline, for a route that starts from its YAML.

@@ -70,7 +70,7 @@ class Emulator:
         self,
         student: Path,
         samples: Path,
-        into: Path,
+        destination: Path,
         *,
         scheme: str,
         progress: Callable[[int], object] = lambda n: None,
@@ -85,28 +85,28 @@ class Emulator:
         parts = prepare(onnx.load(student))
         try:
             if ranges is not None:
-                own_ranges = Ranges.load(ranges)
+                tensor_ranges = Ranges.load(ranges)
             else:
-                observer = open_observations(parts)
-                observer.add(np.load(samples, mmap_mode="r")[:, 0], progress)
-                own_ranges = choose(observer, SCHEMES[scheme])
-            return self.write(parts, own_ranges, into, scheme=scheme)
+                observations = open_observations(parts)
+                observations.add(np.load(samples, mmap_mode="r")[:, 0], progress)
+                tensor_ranges = choose(observations, SCHEMES[scheme])
+            return self.write(parts, tensor_ranges, destination, scheme=scheme)
         except RangeError as error:
             raise BackendError(str(error)) from error
 
     def write(
-        self, parts: SplitGraph, ranges: Ranges, into: Path, *, scheme: str
+        self, parts: SplitGraph, ranges: Ranges, destination: Path, *, scheme: str
     ) -> QuantizedModel:
-        """Write the int8 model of a prepared student; `into` must not exist."""
-        into.mkdir(parents=True)
+        """Write the int8 model of a prepared student; `destination` must not exist."""
+        destination.mkdir(parents=True)
         graph = quantize_graph(parts.core, ranges, scheme=scheme)
-        onnx.save(graph, into / "model.onnx")
+        onnx.save(graph, destination / "model.onnx")
         for name, part in (("preamble", parts.preamble), ("postamble", parts.postamble)):
             if part is not None:
-                onnx.save(part, into / f"{name}.onnx")
+                onnx.save(part, destination / f"{name}.onnx")
         inputs, outputs = device_specs(graph)
         model = QuantizedModel(
-            path=into,
+            path=destination,
             entry="model.onnx",
             backend=self.name,
             version=version("onnxruntime"),
@@ -134,14 +134,14 @@ class Emulator:
     def compile(
         self,
         model: QuantizedModel,
-        into: Path,
+        destination: Path,
         *,
         aipu_cores: int,
         samples: Path | None = None,
         pipeline: Path | None = None,
     ) -> CompiledModel:
         """Give the model the tensors of a device: int8, NHWC, padded. See `Backend`."""
-        into.mkdir(parents=True)
+        destination.mkdir(parents=True)
         inputs, outputs = (
             replace(spec, shape=(aipu_cores, *spec.shape[1:]))
             for spec in (model.inputs[0], model.outputs[0])
@@ -149,14 +149,14 @@ class Emulator:
         graph = with_batch(onnx.load(model.path / model.entry), aipu_cores)
         lowered = with_device_tensors(graph, inputs, outputs)
         onnx.checker.check_model(lowered)
-        onnx.save(lowered, into / "model.onnx")
+        onnx.save(lowered, destination / "model.onnx")
         ends = {}
         for end in ("preamble", "postamble"):
             if (model.path / f"{end}.onnx").is_file():
-                shutil.copyfile(model.path / f"{end}.onnx", into / f"{end}.onnx")
+                shutil.copyfile(model.path / f"{end}.onnx", destination / f"{end}.onnx")
                 ends[end] = f"{end}.onnx"
-        compiled = CompiledModel(
-            path=into,
+        compiled_model = CompiledModel(
+            path=destination,
             entry="model.onnx",
             backend=self.name,
             version=version("onnxruntime"),
@@ -167,9 +167,9 @@ class Emulator:
             session=dict(arithmetic(model.scheme)[1]),
             **ends,
         )
-        compiled.save()
-        self._check_compiled(model, compiled)
-        return compiled
+        compiled_model.save()
+        self._check_compiled(model, compiled_model)
+        return compiled_model
 
     def arithmetic(self, scheme: str) -> str:
         """How this CPU computes what the chip computes. See `Backend`."""

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from metis.backend import BackendError
+from metis.graph.edit import constants_of
 from metis.quantize.grids import UINT8_SHIFT
 from preprocessing.int8 import TensorSpec
 
@@ -33,8 +34,8 @@ def device_specs(model: onnx.ModelProto) -> tuple[TensorSpec, TensorSpec]:
     graph = model.graph
     first, last = _ends_of(graph)
     _, channels, height, width = (d.dim_value for d in graph.input[0].type.tensor_type.shape.dim)
-    made = [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim][1:]
-    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    _, classes, *sides = (d.dim_value for d in graph.output[0].type.tensor_type.shape.dim)
+    constants = constants_of(model)
 
     def spec(
         node: onnx.NodeProto, name: str, hwc: tuple[int, int, int], multiple: int
@@ -54,27 +55,27 @@ def device_specs(model: onnx.ModelProto) -> tuple[TensorSpec, TensorSpec]:
         spec(
             last,
             graph.output[0].name,
-            (*made[1:], made[0]) if len(made) == 3 else (1, 1, made[0]),
+            (*(sides if len(sides) == 2 else (1, 1)), classes),
             OUTPUT_CHANNELS_MULTIPLE,
         ),
     )
 
 
 def with_device_tensors(
-    model: onnx.ModelProto, into: TensorSpec, out: TensorSpec
+    model: onnx.ModelProto, input_spec: TensorSpec, output_spec: TensorSpec
 ) -> onnx.ModelProto:
     """Replace the float ends of a QDQ graph by the int8, NHWC, padded tensors of a device."""
     graph = model.graph
     first, last = _ends_of(graph)
     nodes = [node for node in graph.node if node not in (first, last)]
-    before, constants_before = _device_to_codes(into, first.output[0])
-    after, constants_after = _codes_to_device(out, last.input[0])
+    input_nodes, input_constants = _device_to_codes(input_spec, first.output[0])
+    output_nodes, output_constants = _codes_to_device(output_spec, last.input[0])
     lowered = helper.make_graph(
-        [*before, *nodes, *after],
+        [*input_nodes, *nodes, *output_nodes],
         "metis_emulation",
-        [helper.make_tensor_value_info("input_int8", TensorProto.INT8, into.shape)],
-        [helper.make_tensor_value_info("output_int8", TensorProto.INT8, out.shape)],
-        [*graph.initializer, *constants_before, *constants_after],
+        [helper.make_tensor_value_info("input_int8", TensorProto.INT8, input_spec.shape)],
+        [helper.make_tensor_value_info("output_int8", TensorProto.INT8, output_spec.shape)],
+        [*graph.initializer, *input_constants, *output_constants],
     )
     result = helper.make_model(lowered, opset_imports=model.opset_import)
     result.ir_version = model.ir_version

@@ -29,8 +29,8 @@ _BATCH = 64
 
 def run_session(session: ort.InferenceSession, batch: NDArray[Any]) -> NDArray[Any]:
     """The first output of a session with one input."""
-    made: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: batch})[0]
-    return made
+    output: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    return output
 
 
 Step = Callable[["NDArray[np.float32]"], "NDArray[np.float32]"]
@@ -82,10 +82,10 @@ def run_in_batches(steps: Sequence[Step], frames: NDArray[np.float32]) -> NDArra
     """
     logits = []
     for batch in np.array_split(frames, max(1, -(-len(frames) // _BATCH))):
-        made = batch
+        tensor = batch
         for step in steps:
-            made = step(made)
-        logits.append(without_positions(made))
+            tensor = step(tensor)
+        logits.append(without_positions(tensor))
     return np.concatenate(logits)
 
 

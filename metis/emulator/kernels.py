@@ -59,12 +59,12 @@ def self_test(options: Mapping[str, str]) -> bool:
 
 
 def _convolution_agrees(
-    random: np.random.Generator, kernel: int, q: NDArray[Any], options: Mapping[str, str]
+    random: np.random.Generator, kernel: int, x_codes: NDArray[Any], options: Mapping[str, str]
 ) -> bool:
-    weight = random.choice([-127, 127], (64, q.shape[1], kernel, kernel))
+    weight = random.choice([-127, 127], (64, x_codes.shape[1], kernel, kernel))
     bias = random.integers(-(2**16), 2**16, 64)
     pads = [kernel // 2] * 4
-    acc = int8.convolve(q, 0, weight, bias, pads=pads)
+    acc = int8.convolve(x_codes, 0, weight, bias, pads=pads)
     step = np.float32(np.abs(acc).max() / 127)
     constants = {
         "one": np.float32(1),
@@ -87,13 +87,13 @@ def _convolution_agrees(
     graph = helper.make_graph(
         nodes,
         "self_test",
-        [helper.make_tensor_value_info("codes", TensorProto.UINT8, q.shape)],
+        [helper.make_tensor_value_info("codes", TensorProto.UINT8, x_codes.shape)],
         [helper.make_tensor_value_info("made", TensorProto.UINT8, acc.shape)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     session = open_session(model, options=options)
-    made = session.run(None, {"codes": (q + UINT8_SHIFT).astype(np.uint8)})[0]
+    codes = session.run(None, {"codes": (x_codes + UINT8_SHIFT).astype(np.uint8)})[0]
     return np.array_equal(
-        made.astype(np.int64) - UINT8_SHIFT, int8.requantize(acc, np.float32(1) / step, 0)
+        codes.astype(np.int64) - UINT8_SHIFT, int8.requantize(acc, np.float32(1) / step, 0)
     )

@@ -41,30 +41,30 @@ class Artifacts:
     manifest_version: str
 
 
-def collect(work: Path, into: Path) -> Artifacts:
+def collect(work: Path, destination: Path) -> Artifacts:
     """Move the archive, the final configuration and the model folder, wherever they lie.
 
     Args:
         work: the compiler's working folder.
-        into: folder to fill: `<name>.axm`, `compiler_config_final.toml`, `model/`.
+        destination: folder to fill: `<name>.axm`, `compiler_config_final.toml`, `model/`.
 
     Raises:
         BackendError: there is nothing that a runtime could load.
     """
     archives = sorted(work.rglob("*.axm"))
     for file in archives[:1] + sorted(work.rglob("compiler_config_final.toml"))[:1]:
-        shutil.copyfile(file, into / file.name)
+        shutil.copyfile(file, destination / file.name)
     manifests = [path for path in sorted(work.rglob("manifest.json")) if _names_a_model(path)]
     if manifests:
-        shutil.copytree(manifests[0].parent, into / "model", ignore=_not_of_the_model)
+        shutil.copytree(manifests[0].parent, destination / "model", ignore=_not_of_the_model)
     elif archives:
-        _unpack(into / archives[0].name, into / "model")
+        _unpack(destination / archives[0].name, destination / "model")
     else:
         raise BackendError(
             "the SDK's compiler ended without an error and without a model: no .axm, and no "
             "manifest.json that names one"
         )
-    return _described(into, archives[0].name if archives else "")
+    return _read_artifacts(destination, archives[0].name if archives else "")
 
 
 def _names_a_model(manifest: Path) -> bool:
@@ -78,15 +78,15 @@ def _not_of_the_model(folder: str, names: list[str]) -> list[str]:
     return [n for n in names if n.endswith(".axm") or n == "compiler_config_final.toml"]
 
 
-def _unpack(archive: Path, into: Path) -> None:
+def _unpack(archive: Path, destination: Path) -> None:
     try:
-        with zipfile.ZipFile(archive) as opened:
-            names = opened.namelist()
+        with zipfile.ZipFile(archive) as file:
+            names = file.namelist()
             if outside := [n for n in names if not _is_inside(n)]:
                 raise BackendError(f"{archive.name} names files outside itself: {outside[0]}")
-            if (bad := opened.testzip()) is not None:
+            if (bad := file.testzip()) is not None:
                 raise BackendError(f"{archive.name} is damaged: {bad}")
-            opened.extractall(into)
+            file.extractall(destination)
     except zipfile.BadZipFile as error:
         raise BackendError(f"{archive.name} is not a ZIP archive: {error}") from error
 
@@ -96,19 +96,19 @@ def _is_inside(name: str) -> bool:
     return not absolute and ".." not in PurePosixPath(name).parts
 
 
-def _described(into: Path, axm: str) -> Artifacts:
-    manifest = _Manifest.find(into / "model")
-    home = manifest.path.parent.relative_to(into)
-    before = manifest.file("preprocess_graph")
-    after = next((name for key in _AFTER if (name := manifest.file(key))), "")
+def _read_artifacts(folder: Path, axm: str) -> Artifacts:
+    manifest = _Manifest.find(folder / "model")
+    home = manifest.path.parent.relative_to(folder)
+    preamble = manifest.file("preprocess_graph")
+    postamble = next((name for key in _AFTER if (name := manifest.file(key))), "")
     model = manifest.file("model_lib_file")
     if not model and not axm:
         raise BackendError("the compiled model's manifest.json names no model_lib_file")
     return Artifacts(
         entry=(home / model).as_posix() if model else axm,
         axm=axm,
-        preamble=(home / before).as_posix() if before else "",
-        postamble=(home / after).as_posix() if after else "",
+        preamble=(home / preamble).as_posix() if preamble else "",
+        postamble=(home / postamble).as_posix() if postamble else "",
         inputs=tuple(manifest.tensors("input")),
         outputs=tuple(manifest.tensors("output")),
         manifest_version=manifest.version,
@@ -125,14 +125,14 @@ class _Manifest:
 
     @staticmethod
     def find(folder: Path) -> _Manifest:
-        found = sorted(folder.rglob("manifest.json"))
-        if not found:
+        paths = sorted(folder.rglob("manifest.json"))
+        if not paths:
             raise BackendError("the compiled model has no manifest.json; its tensors are unknown")
         try:
-            raw = json.loads(found[0].read_text())
+            raw = json.loads(paths[0].read_text())
         except ValueError as error:
             raise BackendError(f"the compiled model's manifest.json is damaged: {error}") from error
-        manifest = _Manifest(found[0], raw)
+        manifest = _Manifest(paths[0], raw)
         if manifest.version and manifest.version.split(".")[0] != _MANIFEST_MAJOR:
             raise BackendError(
                 f"the compiled model's manifest has version {manifest.version}; this kdpipe reads "

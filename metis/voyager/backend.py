@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from metis.backend import SCHEMES, BackendError, CompiledModel, Probe, QuantizedModel, SdkOptions
 from metis.voyager.artifacts import Artifacts, collect
-from metis.voyager.process import find_interpreter, fresh_folder, work
+from metis.voyager.process import find_interpreter, fresh_folder, run_in_sdk
 from metis.voyager.routes import ROUTES, Order
 from metis.voyager.settings import EXPORT, FLOAT_ONNX, RECORD, settings_for
 
@@ -44,7 +44,7 @@ class Voyager:
         self,
         student: Path,
         samples: Path,
-        into: Path,
+        destination: Path,
         *,
         scheme: str,
         progress: Callable[[int], object] = lambda n: None,
@@ -53,8 +53,8 @@ class Voyager:
         """Let the SDK observe the samples, and keep its export. See `Backend`."""
         if scheme not in SCHEMES:
             raise BackendError(f"the SDK has no scheme {scheme!r}; use {', '.join(SCHEMES)}")
-        with fresh_folder(into.parent) as folder:
-            answers = self._work(
+        with fresh_folder(destination.parent) as folder:
+            answer = self._work(
                 "quantize",
                 folder,
                 progress,
@@ -63,14 +63,14 @@ class Voyager:
                 settings=settings_for(scheme, cores=1),
                 export=EXPORT,
             )
-            into.mkdir(parents=True)
-            shutil.move(folder / "work" / EXPORT, into / EXPORT)
-        shutil.copyfile(student, into / FLOAT_ONNX)
+            destination.mkdir(parents=True)
+            shutil.move(folder / "work" / EXPORT, destination / EXPORT)
+        shutil.copyfile(student, destination / FLOAT_ONNX)
         interpreter = find_interpreter(self._options.python)
-        record = {"versions": interpreter.versions, **answers}
-        (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        record = {"versions": interpreter.versions, **answer}
+        (destination / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         model = QuantizedModel(
-            path=into,
+            path=destination,
             entry=EXPORT,
             backend=self.name,
             version=interpreter.release,
@@ -102,7 +102,7 @@ class Voyager:
     def compile(
         self,
         model: QuantizedModel,
-        into: Path,
+        destination: Path,
         *,
         aipu_cores: int,
         samples: Path | None = None,
@@ -110,9 +110,9 @@ class Voyager:
     ) -> CompiledModel:
         """Lower the model by a route; load and run it where there is a card. See `Backend`."""
         order = Order(model, aipu_cores, samples, pipeline, self._options.extra)
-        with fresh_folder(into.parent) as folder:
-            answers = ROUTES[self._options.route](self._work, order, folder)
-            return self._adopt(model, folder / "work", into, aipu_cores, answers)
+        with fresh_folder(destination.parent) as folder:
+            answer = ROUTES[self._options.route](self._work, order, folder)
+            return self._adopt(model, folder / "work", destination, aipu_cores, answer)
 
     def arithmetic(self, scheme: str) -> str:
         """See `Backend`."""
@@ -141,29 +141,29 @@ class Voyager:
         self,
         model: QuantizedModel,
         work_folder: Path,
-        into: Path,
+        destination: Path,
         cores: int,
-        answers: dict[str, Any],
+        answer: dict[str, Any],
     ) -> CompiledModel:
         """Make a compiled model of what a compiler left in its working folder, and prove it.
 
         Raises:
             BackendError: there is nothing loadable, or it does not fit the quantized model.
         """
-        into.mkdir(parents=True)
-        artifacts = collect(work_folder, into)
-        _check(artifacts, into, cores)
+        destination.mkdir(parents=True)
+        artifacts = collect(work_folder, destination)
+        _check(artifacts, destination, cores)
         interpreter = find_interpreter(self._options.python)
         record = {
             "versions": interpreter.versions,
             "manifest_version": artifacts.manifest_version,
             "axm": artifacts.axm,
-            "run": self._run(into / artifacts.entry, cores),
-            **answers,
+            "run": self._run(destination / artifacts.entry, cores),
+            **answer,
         }
-        (into / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        compiled = CompiledModel(
-            path=into,
+        (destination / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        compiled_model = CompiledModel(
+            path=destination,
             entry=artifacts.entry,
             backend=self.name,
             version=interpreter.release,
@@ -174,8 +174,8 @@ class Voyager:
             preamble=artifacts.preamble,
             postamble=artifacts.postamble,
         )
-        compiled.save()
-        return compiled
+        compiled_model.save()
+        return compiled_model
 
     def _run(self, entry: Path, cores: int) -> dict[str, Any]:
         """One inference, where it can be done: a compile without an error is not a model yet."""
@@ -191,7 +191,7 @@ class Voyager:
         progress: Callable[[int], object] = lambda n: None,
         **request: Any,  # noqa: ANN401 - JSON
     ) -> dict[str, Any]:
-        return work(
+        return run_in_sdk(
             verb,
             {"extra": dict(self._options.extra), **request},
             folder,
@@ -201,12 +201,13 @@ class Voyager:
         )
 
 
-def _check(artifacts: Artifacts, into: Path, cores: int) -> None:
+def _check(artifacts: Artifacts, folder: Path, cores: int) -> None:
     """The device tensors are those of a classifier compiled for this many cores."""
-    if len(artifacts.inputs) != 1 or len(artifacts.outputs) != 1:
+    inputs, outputs = len(artifacts.inputs), len(artifacts.outputs)
+    if (inputs, outputs) != (1, 1):
         raise BackendError(
-            f"the compiled model has {len(artifacts.inputs)} inputs and "
-            f"{len(artifacts.outputs)} outputs; kdpipe's students have one of each"
+            f"the compiled model has {inputs} inputs and {outputs} outputs; "
+            "kdpipe's students have one of each"
         )
     batches = {spec.unpadded[0] for spec in (*artifacts.inputs, *artifacts.outputs)}
     if batches != {cores}:
@@ -214,5 +215,5 @@ def _check(artifacts: Artifacts, into: Path, cores: int) -> None:
             f"the compiled model takes {batches} frames a call, and {cores} cores were asked for"
         )
     for name in filter(None, (artifacts.entry, artifacts.preamble, artifacts.postamble)):
-        if not (into / name).is_file():
+        if not (folder / name).is_file():
             raise BackendError(f"the compiled model lacks {name}")

@@ -56,7 +56,7 @@ OPTIONAL = ("output_dir", "axm")
 _NO_CARD = ("ConnectionError", "DeviceInUse", "IncompatibleDevice")
 
 
-class Failed(Exception):  # noqa: N818 - what happened, not what it is
+class StepError(Exception):
     """The SDK raised at this step; the cause holds its words."""
 
 
@@ -66,10 +66,10 @@ def step(name: str) -> Iterator[None]:
     print(f"kdpipe: {name}", flush=True)
     try:
         yield
-    except Failed:
+    except StepError:
         raise
     except (Exception, SystemExit) as error:
-        raise Failed(name) from error
+        raise StepError(name) from error
 
 
 def probe() -> dict[str, Any]:
@@ -83,9 +83,9 @@ def probe() -> dict[str, Any]:
         "scripts": scripts,
         "axkernelcc": shutil.which("axkernelcc", path=programs) is not None,
         "versions": {
-            name: found
+            name: release
             for name in ("axelera-devkit", "axelera-rt", "torch", "axelera-voyager-sdk")
-            if (found := _version(name))
+            if (release := _version(name))
         },
     }
 
@@ -97,7 +97,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def make_config(wanted: dict[str, Any], extra: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def make_config(settings: dict[str, Any], extra: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A CompilerConfig with these settings, and what it says when it is read back.
 
     pydantic may pass unknown words over in silence, so every setting is looked up among the fields
@@ -105,36 +105,36 @@ def make_config(wanted: dict[str, Any], extra: dict[str, Any]) -> tuple[Any, dic
     """
     from axelera.compiler import CompilerConfig
 
-    known: dict[str, tuple[str, str]] = {}  # any name of a field -> (keyword, attribute)
+    fields: dict[str, tuple[str, str]] = {}  # any name of a field -> (keyword, attribute)
     for name, field in CompilerConfig.model_fields.items():
         alias = getattr(field, "validation_alias", None) or getattr(field, "alias", None)
         keyword = alias if isinstance(alias, str) else name
-        known[name] = known[keyword] = (keyword, name)
-    chosen: dict[str, tuple[str, Any]] = {}  # attribute -> (keyword, value)
-    for meaning, value in wanted.items():
-        name = next((n for n in SETTINGS[meaning] if n in known), None)
+        fields[name] = fields[keyword] = (keyword, name)
+    choices: dict[str, tuple[str, Any]] = {}  # attribute -> (keyword, value)
+    for meaning, value in settings.items():
+        name = next((n for n in SETTINGS[meaning] if n in fields), None)
         if name is None and meaning not in OPTIONAL:
             raise LookupError(
                 f"this SDK's CompilerConfig has none of {', '.join(SETTINGS[meaning])}"
             )
         if name is not None:
-            keyword, attribute = known[name]
-            chosen[attribute] = (keyword, value)
+            keyword, attribute = fields[name]
+            choices[attribute] = (keyword, value)
     for name, value in extra.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise LookupError(f"compile.extra: CompilerConfig has no field {name!r}{hint}")
-        keyword, attribute = known[name]
-        if attribute in chosen:
+        keyword, attribute = fields[name]
+        if attribute in choices:
             raise LookupError(f"compile.extra: {name!r} is set by kdpipe itself")
-        chosen[attribute] = (keyword, value)
-    config = CompilerConfig(**dict(chosen.values()))
-    for attribute, (_, value) in chosen.items():
-        taken = _plain(getattr(config, attribute))
-        if taken != _plain(value):
-            raise LookupError(f"{attribute}={value!r} did not take: CompilerConfig says {taken!r}")
-    return config, {attribute: _plain(value) for attribute, (_, value) in sorted(chosen.items())}
+        choices[attribute] = (keyword, value)
+    config = CompilerConfig(**dict(choices.values()))
+    for attribute, (_, value) in choices.items():
+        actual = _plain(getattr(config, attribute))
+        if actual != _plain(value):
+            raise LookupError(f"{attribute}={value!r} did not take: CompilerConfig says {actual!r}")
+    return config, {attribute: _plain(value) for attribute, (_, value) in sorted(choices.items())}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - of any field
@@ -167,8 +167,8 @@ def read_samples(request: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
     """The calibration set in its order, float32 (1, C, H, W) each; a byte of `done` for each."""
     import numpy as np
 
-    stored = np.load(request["samples"], mmap_mode="r")
-    for sample in stored:
+    samples = np.load(request["samples"], mmap_mode="r")
+    for sample in samples:
         yield np.array(sample, np.float32)
         with Path(request["done"]).open("ab") as done:
             done.write(b".")
@@ -275,7 +275,7 @@ def run_once(request: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:
             if type(error).__name__ in _NO_CARD:
                 return {"ran": False, "why": f"{type(error).__name__}: {error}"}
-            raise Failed("connect") from error
+            raise StepError("connect") from error
         with step("run"):
             instance = connection.load_model_instance(
                 model, num_sub_devices=cores, aipu_cores=cores
@@ -289,11 +289,12 @@ def run_once(request: dict[str, Any]) -> dict[str, Any]:
 def axcompile(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize and compile with the SDK's command line; calibration goes through its images."""
     with step("find the program"):
-        program = _found(shutil.which("axcompile"), "axcompile")
+        program = _require_program(shutil.which("axcompile"), "axcompile")
     with step("configure"):
         settings = make_config(request["settings"], request["extra"])[1]
         _speak([program, "--generate-config", "conf"])
-        conf = _overlaid(Path("conf"), {k: v for k, v in settings.items() if k != "output_dir"})
+        values = {name: value for name, value in settings.items() if name != "output_dir"}
+        conf = _overlay_settings(Path("conf"), values)
     command = [
         *(program, "-i", request["student"], "-o", "out", "--conf", str(conf)),
         *("--imageset", request["images"], "--transform", request["transform"]),
@@ -329,7 +330,8 @@ def deploy(request: dict[str, Any]) -> dict[str, Any]:
     with step("find the program"):
         checkout = os.environ.get("AXELERA_FRAMEWORK", "")
         script = Path(checkout) / "deploy.py"
-        program = _found(str(script) if checkout and script.is_file() else None, "deploy.py")
+        path = str(script) if checkout and script.is_file() else None
+        program = _require_program(path, "deploy.py")
     with step("deploy.py"):
         _speak(
             [
@@ -342,7 +344,7 @@ def deploy(request: dict[str, Any]) -> dict[str, Any]:
     return {"route": "deploy"}
 
 
-def _found(path: str | None, name: str) -> str:
+def _require_program(path: str | None, name: str) -> str:
     if path is None:
         raise FileNotFoundError(
             f"{name} is not here; axcompile comes with axelera-devkit, deploy.py lies in the SDK's "
@@ -353,7 +355,7 @@ def _found(path: str | None, name: str) -> str:
 
 def _speak(command: list[str], **environment: str) -> None:
     """Run a program of the SDK; what it prints, we print."""
-    last = ""
+    last_line = ""
     with subprocess.Popen(
         command,
         env={**os.environ, **environment},
@@ -365,9 +367,9 @@ def _speak(command: list[str], **environment: str) -> None:
         assert child.stdout is not None
         for line in child.stdout:
             print(line, end="", flush=True)
-            last = line.strip() or last
+            last_line = line.strip() or last_line
     if child.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} ended with {child.returncode}: {last}")
+        raise RuntimeError(f"{Path(command[0]).name} ended with {child.returncode}: {last_line}")
 
 
 def _status(out: Path) -> str:
@@ -378,16 +380,16 @@ def _status(out: Path) -> str:
     return str(report.get("status", ""))
 
 
-def _overlaid(folder: Path, settings: dict[str, Any]) -> Path:
+def _overlay_settings(folder: Path, settings: dict[str, Any]) -> Path:
     """Write our settings over axcompile's own defaults, in the form that this release chose."""
     path = next(iter(sorted(folder.glob("default_conf.*"))), None)
     if path is None:
         raise FileNotFoundError("axcompile --generate-config wrote no default_conf")
     text = path.read_text()
     if path.suffix == ".json":
-        known = json.loads(text)
-        absent = [name for name in settings if name not in known]
-        text = json.dumps({**known, **settings}, indent=1)
+        defaults = json.loads(text)
+        absent = [name for name in settings if name not in defaults]
+        text = json.dumps({**defaults, **settings}, indent=1)
     else:
         absent = []
         for name, value in settings.items():
@@ -421,8 +423,8 @@ def end_with_parent() -> None:
     if os.fork() == 0:
         os.read(0, 1)
         os.killpg(0, signal.SIGKILL)
-    with Path(os.devnull).open() as nothing:
-        os.dup2(nothing.fileno(), 0)
+    with Path(os.devnull).open() as null:
+        os.dup2(null.fileno(), 0)
 
 
 def main(request_file: str, answer_file: str) -> None:
@@ -432,7 +434,7 @@ def main(request_file: str, answer_file: str) -> None:
     request = json.loads(Path(request_file).read_text())
     try:
         answer = VERBS[request["verb"]](request)
-    except Failed as failure:
+    except StepError as failure:
         traceback.print_exc()
         cause = failure.__cause__
         error = {"step": str(failure), "kind": type(cause).__name__, "words": str(cause)}

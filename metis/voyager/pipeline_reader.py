@@ -127,25 +127,25 @@ def _pillow(
     image: NDArray[np.uint8], width: int, height: int, interpolation: str
 ) -> NDArray[np.uint8]:
     gray = image.shape[2] == 1
-    resized = np.asarray(
+    pixels = np.asarray(
         Image.fromarray(image[..., 0] if gray else np.ascontiguousarray(image)).resize(
             (width, height), _PILLOW_FILTERS[interpolation]
         )
     )
-    return resized[..., None] if gray else resized
+    return pixels[..., None] if gray else pixels
 
 
 def _convert_color(value: NDArray[Any], params: dict[str, Any]) -> NDArray[Any]:
     images = _image(value, "convert-color")
     kind = params.get("format")
     if kind in ("RGB2BGR", "BGR2RGB"):
-        swapped: NDArray[np.uint8] = images[..., ::-1]
-        return swapped
+        reordered: NDArray[np.uint8] = images[..., ::-1]
+        return reordered
     if kind in ("RGB2GRAY", "BGR2GRAY"):
         # ITU-R BT.601 with 14 fractional bits, as OpenCV's cvtColor.
         weights = np.array([4899, 9617, 1868], np.int32)
-        weighted = images.astype(np.int32) @ (weights if kind == "RGB2GRAY" else weights[::-1])
-        gray: NDArray[np.uint8] = ((weighted + 8192) >> 14).astype(np.uint8)[..., None]
+        sums = images.astype(np.int32) @ (weights if kind == "RGB2GRAY" else weights[::-1])
+        gray: NDArray[np.uint8] = ((sums + 8192) >> 14).astype(np.uint8)[..., None]
         return gray
     raise PipelineError(f"convert-color format {kind} is not known here")
 
@@ -194,63 +194,64 @@ _OPERATORS = {
 }
 
 
-def pipeline_differences(pipeline: Pipeline, given: StudentInput) -> list[str]:
+def pipeline_differences(pipeline: Pipeline, student_input: StudentInput) -> list[str]:
     """Where a pipeline says something else than the student's input needs, field by field.
 
     The reference is the student's input itself: which operators its numbers call for.
     """
-    found = []
+    differences = []
     if pipeline.color_format != "RGB":
-        found.append(f"input.color_format is {pipeline.color_format}, needed is RGB")
-    wanted: list[tuple[str, dict[str, Any]]] = []
-    if len(given.bands) == 1:
-        wanted.append(("convertcolor", {"format": "RGB2GRAY"}))
-    if given.device_resize:
-        height, width = given.size_hw
-        wanted.append(
+        differences.append(f"input.color_format is {pipeline.color_format}, needed is RGB")
+    expected: list[tuple[str, dict[str, Any]]] = []
+    if len(student_input.bands) == 1:
+        expected.append(("convertcolor", {"format": "RGB2GRAY"}))
+    if student_input.device_resize:
+        height, width = student_input.size_hw
+        expected.append(
             (
                 "resize",
                 {
                     "width": width,
                     "height": height,
-                    "half_pixel_centers": given.half_pixel_centers,
-                    "interpolation": given.interpolation,
+                    "half_pixel_centers": student_input.half_pixel_centers,
+                    "interpolation": student_input.interpolation,
                 },
             )
         )
-    wanted += [
+    expected += [
         ("torchtotensor", {"scale": False}),
-        ("normalize", {"mean": given.mean, "std": given.std}),
+        ("normalize", {"mean": student_input.mean, "std": student_input.std}),
     ]
     names = [name for name, _ in pipeline.operators]
-    if names != [name for name, _ in wanted]:
-        needed = ", ".join(name for name, _ in wanted)
-        found.append(f"preprocess is {', '.join(names)}; needed is {needed}")
+    if names != [name for name, _ in expected]:
+        operators = ", ".join(name for name, _ in expected)
+        differences.append(f"preprocess is {', '.join(names)}; needed is {operators}")
     present = dict(pipeline.operators)
-    for name, params in wanted:
+    for name, params in expected:
         for key, value in params.items():
-            has = present.get(name, {}).get(key)
-            if name in present and not _same(has, value):
-                found.append(f"{name}.{key} is {has}, needed is {_shown(value)}")
+            actual = present.get(name, {}).get(key)
+            if name in present and not _is_same(actual, value):
+                differences.append(f"{name}.{key} is {actual}, needed is {_format(value)}")
     needed_of_model = {
         "input_tensor_layout": "NCHW",
-        "input_tensor_shape": [1, len(given.bands), *given.size_hw],
-        "input_color_format": "GRAY" if len(given.bands) == 1 else "RGB",
+        "input_tensor_shape": [1, len(student_input.bands), *student_input.size_hw],
+        "input_color_format": "GRAY" if len(student_input.bands) == 1 else "RGB",
     }
     for key, value in needed_of_model.items():
         if pipeline.model.get(key) != value:
-            found.append(f"{key} is {pipeline.model.get(key)}, needed is {value}")
-    return found
+            differences.append(f"{key} is {pipeline.model.get(key)}, needed is {value}")
+    return differences
 
 
-def _same(has: object, wanted: object) -> bool:
-    if isinstance(wanted, tuple):
+def _is_same(actual: object, expected: object) -> bool:
+    if isinstance(expected, tuple):
+        count = len(expected)
         try:
-            return np.array_equal(_numbers(has, len(wanted)), _numbers(list(wanted), len(wanted)))
+            return np.array_equal(_numbers(actual, count), _numbers(list(expected), count))
         except PipelineError:
             return False
-    return has == wanted
+    return actual == expected
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     return ", ".join(f"{v:.7g}" for v in value) if isinstance(value, tuple) else str(value)

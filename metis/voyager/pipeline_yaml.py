@@ -36,13 +36,13 @@ class DevicePipeline:
         return f"{self.path_prefix.rstrip('/')}/{name}" if self.path_prefix else name
 
 
-def yaml_obstacle(given: StudentInput) -> str:
+def yaml_obstacle(student_input: StudentInput) -> str:
     """Why this input can't go through the YAML pipeline, or nothing.
 
     The SDK's image readers give three channels (or one, by conversion), 8 bit. Its normalize takes
     four values too, but no reader gives a fourth channel: alpha is dropped, or 255 everywhere.
     """
-    channels = len(given.bands)
+    channels = len(student_input.bands)
     if channels in (1, 3):
         return ""
     return (
@@ -51,21 +51,22 @@ def yaml_obstacle(given: StudentInput) -> str:
     )
 
 
-def render_yaml(given: StudentInput, pipeline: DevicePipeline) -> str:
+def render_yaml(student_input: StudentInput, pipeline: DevicePipeline) -> str:
     """The text of the YAML file.
 
     Raises:
         ValueError: the input can't go through the YAML pipeline; see `yaml_obstacle`.
     """
-    obstacle = yaml_obstacle(given)
+    obstacle = yaml_obstacle(student_input)
     if obstacle:
         raise ValueError(obstacle)
-    height, width = given.size_hw
-    gray = len(given.bands) == 1
+    height, width = student_input.size_hw
+    gray = len(student_input.bands) == 1
+    bands = ", ".join(map(str, student_input.bands))
     return "\n".join(
         [
-            f"# preprocessing.json sha256: {given.contract}",
-            f"# channels are bands {', '.join(map(str, given.bands))} of {given.modality}",
+            f"# preprocessing.json sha256: {student_input.contract}",
+            f"# channels are bands {bands} of {student_input.modality}",
             "axelera-model-format: 1.0.0",
             f"name: {pipeline.name}",
             f"description: {pipeline.name}, a student distilled by kdpipe",
@@ -76,7 +77,7 @@ def render_yaml(given: StudentInput, pipeline: DevicePipeline) -> str:
             "        type: image",
             "        color_format: RGB",
             "      preprocess:",
-            *_preprocess(given, gray=gray),
+            *_preprocess(student_input, gray=gray),
             "      postprocess:",
             "        - topk:",
             "            k: 1",
@@ -87,7 +88,7 @@ def render_yaml(given: StudentInput, pipeline: DevicePipeline) -> str:
             f"    weight_path: {pipeline.at(pipeline.weight_path)}",
             "    task_category: Classification",
             "    input_tensor_layout: NCHW",
-            f"    input_tensor_shape: [1, {len(given.bands)}, {height}, {width}]",
+            f"    input_tensor_shape: [1, {len(student_input.bands)}, {height}, {width}]",
             f"    input_color_format: {'GRAY' if gray else 'RGB'}",
             f"    num_classes: {pipeline.labels}",
             f"    dataset: {pipeline.dataset}",
@@ -132,28 +133,28 @@ def _compilation(pipeline: DevicePipeline) -> list[str]:
     ]
 
 
-def _preprocess(given: StudentInput, *, gray: bool) -> list[str]:
+def _preprocess(student_input: StudentInput, *, gray: bool) -> list[str]:
     lines = []
     if gray:
         # Images are read as RGB whatever they hold; this is the conversion that calibration and
         # inference both do. Equal channels give back exactly the gray value.
         lines += ["        - convert-color:", "            format: RGB2GRAY"]
-    if given.device_resize:
-        height, width = given.size_hw
+    if student_input.device_resize:
+        height, width = student_input.size_hw
         lines += [
             "        - resize:",
             f"            width: {width}",
             f"            height: {height}",
-            f"            half_pixel_centers: {given.half_pixel_centers}",
-            f"            interpolation: {given.interpolation}",
+            f"            half_pixel_centers: {student_input.half_pixel_centers}",
+            f"            interpolation: {student_input.interpolation}",
         ]
     return [
         *lines,
         "        - torch-totensor:",
         "            scale: False",
         "        - normalize:",
-        f"            mean: {_numbers(given.mean)}",
-        f"            std: {_numbers(given.std)}",
+        f"            mean: {_numbers(student_input.mean)}",
+        f"            std: {_numbers(student_input.std)}",
     ]
 
 

@@ -78,13 +78,13 @@ class Interpreter:
         return self.versions["axelera-devkit"]
 
 
-def find_interpreter(named: str = "") -> Interpreter:
+def find_interpreter(path: str = "") -> Interpreter:
     """The interpreter of this path, else of $KDPIPE_SDK_PYTHON, else ours; never raises."""
-    named = named or os.environ.get(PYTHON_VARIABLE, "")
-    python = shutil.which(Path(named).expanduser()) if named else sys.executable
+    path = path or os.environ.get(PYTHON_VARIABLE, "")
+    python = shutil.which(Path(path).expanduser()) if path else sys.executable
     if python is None:
-        problem = f"there is no Python at {named} (compile.sdk_python, ${PYTHON_VARIABLE})"
-        return Interpreter(named, "", {}, False, problem)
+        problem = f"there is no Python at {path} (compile.sdk_python, ${PYTHON_VARIABLE})"
+        return Interpreter(path, "", {}, False, problem)
     return _examine(str(Path(python).absolute()), os.environ.get("PYTHONPATH", ""))
 
 
@@ -96,21 +96,21 @@ def _examine(python: str, python_path: str) -> Interpreter:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True
         )
-        found = json.loads(result.stdout.splitlines()[-1])
+        report = json.loads(result.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         return Interpreter(python, "", {}, False, f"{python} does not answer: {error}")
-    versions = {**found["versions"], "python": found["python"]}
+    versions = {**report["versions"], "python": report["python"]}
     old = versions.pop("axelera-voyager-sdk", None)
     return Interpreter(
-        python, found["scripts"], versions, found["axkernelcc"], _problem(versions, old)
+        python, report["scripts"], versions, report["axkernelcc"], _problem(versions, old)
     )
 
 
 def _problem(versions: Mapping[str, str], old: str | None) -> str:
     devkit, rt = versions.get("axelera-devkit"), versions.get("axelera-rt")
     if devkit is None:
-        have = f"release {old} is too old" if old else "is not installed"
-        return f"the Voyager SDK {have}: {_HOW_TO_GET_IT}"
+        state = f"release {old} is too old" if old else "is not installed"
+        return f"the Voyager SDK {state}: {_HOW_TO_GET_IT}"
     if _numbers(devkit)[:2] < _OLDEST:
         return f"axelera-devkit {devkit} is too old: {_HOW_TO_GET_IT}"
     if rt is not None and _numbers(rt) != _numbers(devkit):
@@ -127,7 +127,7 @@ def _numbers(release: str) -> tuple[int, ...]:
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
 
 
-def work(
+def run_in_sdk(
     verb: str,
     request: Mapping[str, Any],
     folder: Path,
@@ -157,32 +157,32 @@ def work(
         raise BackendMissingError(interpreter.problem)
     (folder / "work").mkdir(parents=True)
     done = folder / "done"
-    words = {"verb": verb, "done": str(done.absolute()), **request}
-    (folder / "request.json").write_text(json.dumps(words))
-    answer = folder / "answer.json"
+    document = {"verb": verb, "done": str(done.absolute()), **request}
+    (folder / "request.json").write_text(json.dumps(document))
+    answer_file = folder / "answer.json"
     tail = _run(interpreter, folder, time_limit_s, _Counter(done, progress))
-    who = f"Voyager SDK {interpreter.release}"
-    if not answer.exists():
-        raise BackendError(f"{who} died at {verb}: {tail or 'it said nothing'}{_cure(tail)}")
-    said: dict[str, Any] = json.loads(answer.read_text())
-    if error := said.get("error"):
-        spoken = " ".join(f"{error['kind']}: {error['words']}".split())
-        message = f"{who} failed at {error['step']}: {spoken}{_cure(spoken)}"
+    sdk = f"Voyager SDK {interpreter.release}"
+    if not answer_file.exists():
+        raise BackendError(f"{sdk} died at {verb}: {tail or 'it said nothing'}{_cure(tail)}")
+    answer: dict[str, Any] = json.loads(answer_file.read_text())
+    if error := answer.get("error"):
+        reason = " ".join(f"{error['kind']}: {error['words']}".split())
+        message = f"{sdk} failed at {error['step']}: {reason}{_cure(reason)}"
         raise (BackendMissingError if error["step"] in _ABSENT else BackendError)(message)
-    return said
+    return answer
 
 
 @contextmanager
-def fresh_folder(beside: Path | None = None) -> Iterator[Path]:
+def fresh_folder(parent: Path | None = None) -> Iterator[Path]:
     """A folder for one piece of work, on the disk of what will be made of its contents."""
-    if beside:
-        beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".voyager-") as name:
+    if parent:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".voyager-") as name:
         yield Path(name)
 
 
-def _cure(words: str) -> str:
-    return next((f" ({cure})" for symptom, cure in _CURES.items() if symptom in words), "")
+def _cure(text: str) -> str:
+    return next((f" ({cure})" for symptom, cure in _CURES.items() if symptom in text), "")
 
 
 class _Counter:
@@ -231,8 +231,8 @@ def _run(interpreter: Interpreter, folder: Path, time_limit_s: float, counter: _
         _end_group(child)
         listener.join(timeout=10)
         child.stdin.close()  # type: ignore[union-attr]  # it is a pipe
-    ended = f"killed by signal {-child.returncode}" if child.returncode < 0 else ""
-    return "; ".join(filter(None, (ended, listener.last)))
+    end = f"killed by signal {-child.returncode}" if child.returncode < 0 else ""
+    return "; ".join(filter(None, (end, listener.last)))
 
 
 def _end_group(child: subprocess.Popen[str]) -> None:

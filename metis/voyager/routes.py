@@ -88,9 +88,9 @@ def compile_with_axcompile(work: Work, order: Order, folder: Path) -> dict[str, 
     import numpy as np
 
     assert order.samples is not None
-    stored = np.load(order.samples, mmap_mode="r")
+    samples = np.load(order.samples, mmap_mode="r")
     images, transform = folder / "images", folder / "transform.py"
-    _write_numbers(images, len(stored))
+    _write_numbers(images, len(samples))
     transform.write_text(_TRANSFORM.format(samples=str(order.samples.absolute())))
     return work(
         "axcompile",
@@ -99,7 +99,7 @@ def compile_with_axcompile(work: Work, order: Order, folder: Path) -> dict[str, 
         student=str((order.model.path / FLOAT_ONNX).absolute()),
         images=str(images.absolute()),
         transform=f"{transform.absolute()}:get_preprocess_transform",
-        input_shape=",".join(map(str, stored.shape[1:])),
+        input_shape=",".join(map(str, samples.shape[1:])),
     )
 
 
