@@ -15,7 +15,12 @@ from pipeline.params.losses import LOSSES
 from pipeline.params.sources import TeacherParams, ViewParams
 from pipeline.run.errors import InputError, StageError
 from pipeline.teachers.ensemble import Ensemble, Member
-from pipeline.teachers.soft_targets import SoftTargets, SoftTargetWriter, write_ensemble
+from pipeline.teachers.soft_targets import (
+    SoftTargets,
+    SoftTargetWriter,
+    write_ensemble,
+    write_val_members,
+)
 from pipeline.training.batches import Order, StudentBatches, balanced_weights
 from pipeline.training.job import TrainingJob
 from pipeline.training.loop import train
@@ -61,7 +66,8 @@ def write_teaching(folder, answers, views=1, features=()):
     params = TeacherParams(bands=(0, 1, 2), path="t.onnx", features=tuple(f for f, _ in features))
     member = Member("t", params, False, 1.0, 3)
     ensemble = Ensemble((member,), "mean_logits", ViewParams(count=views, shift=1), 5)
-    write_ensemble(folder, "cached", ensemble, np.zeros((1, 30, 3), np.float32))
+    write_val_members(folder, 30, [(slice(None), [np.zeros((30, 3), np.float32)])])
+    write_ensemble(folder, "cached", ensemble)
     for name, logits in answers.items():
         writer = SoftTargetWriter(folder, name, ensemble, logits.shape[1])
         writer.add(slice(None), [[logits, *(values for _, values in features)]])
