@@ -77,6 +77,13 @@ def test_a_page_says_first_what_it_is_about_and_is_in_the_readme(path):
     assert f"]({named(path)})" in README.read_text()
 
 
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "results.md"], ids=named)
+def test_a_table_of_contents_has_every_section(path):
+    text = path.read_text()
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert re.findall(r"^- \[(.*?)\]\(#", text, re.MULTILINE) == titles
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=named)
 def test_files_that_are_named_are_there(path):
     folders = "benchmarks|deploy|docs|examples|metis|pipeline|preprocessing|tests"

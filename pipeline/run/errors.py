@@ -1,7 +1,7 @@
 """Errors that users can cause, each with the exit status it ends with, and shared wording.
 
 Every error that a user can cause carries `status` as a class attribute, wherever it is defined; the
-command line prints its message as one line and ends with it (CONVENTIONS.md 1.2):
+command line prints its message as one line and ends with it (docs/commands.md lists them):
 
     ValueError
       ContractError       preprocessing/contract.py      3
