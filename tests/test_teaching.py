@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tiny_project import make_teacher
+from tiny_project import TEACHER_ROUNDING, make_teacher
 
 from pipeline.data.dataset import DatasetSplit
 from pipeline.teachers.ensemble import combine
@@ -46,13 +46,14 @@ def test_live_teachers_say_for_every_view_what_was_cached(project):
     for split in ("train", "unlabeled"):
         for view in range(3):
             cached, live = (answers[mode, split, view] for mode in ("cached", "live"))
-            assert cached.logits == pytest.approx(live.logits, abs=1e-5)
-            assert cached.features[0] == pytest.approx(live.features[0], abs=1e-5)
+            assert cached.logits == pytest.approx(live.logits, abs=TEACHER_ROUNDING)
+            assert cached.features[0] == pytest.approx(live.features[0], abs=TEACHER_ROUNDING)
             losses = [
                 kl_loss(student, torch.tensor(a.logits), None, temperature=2.0).item()
                 for a in (cached, live)
             ]
-            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+            # Its slope is T * p * (log(p / q) - KL): at T = 2, and for 3 classes, below 5 in all.
+            assert losses[0] == pytest.approx(losses[1], abs=5 * TEACHER_ROUNDING)
         assert not np.allclose(
             answers["cached", split, 0].logits, answers["cached", split, 1].logits
         )

@@ -18,6 +18,10 @@ from pipeline.run.digests import Digests
 CLASSES = 3
 BANDS = 4
 LABELS = ["water", "forest", "town"]
+#: How far logits of `make_teacher` may lie apart when they are computed in another order: a mean of
+#: 256 float32 values is off by at most 256 * 2^-24 of the mean of their absolute values, which is
+#: below 2, and the weights of a class are below 8 in all; twice, for two orders.
+TEACHER_ROUNDING = 2 * 8 * 2 * 256 * 2.0**-24
 #: Mean of each class in each band, stored units.
 MEANS = np.array([[0.2, 0.5, 0.9, 1.2], [0.5, 0.9, 0.4, 0.7], [0.9, 0.3, 0.6, 0.3]])
 

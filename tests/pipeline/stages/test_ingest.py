@@ -3,7 +3,7 @@ import json
 import numpy as np
 import onnxruntime as ort
 import pytest
-from tiny_project import make_teacher
+from tiny_project import TEACHER_ROUNDING, make_teacher
 
 from pipeline.data.dataset import DatasetSplit
 from pipeline.teachers.soft_targets import SoftTargets
@@ -33,7 +33,7 @@ def test_cached_logits_are_the_ensembles_on_each_training_sample(finished):
         )
         direct.append([session.run(None, {"input": row[None]})[0][0] for row in tensor])
     order = np.random.default_rng(0).permutation(len(cached))
-    assert cached[order] == pytest.approx(np.mean(direct, axis=0)[order], abs=1e-5)
+    assert cached[order] == pytest.approx(np.mean(direct, axis=0)[order], abs=TEACHER_ROUNDING)
 
 
 def test_stored_images_are_the_encoded_patches_of_their_rows(finished):

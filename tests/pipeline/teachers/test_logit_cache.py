@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_project import make_contract, make_patches, make_teacher
+from tiny_project import TEACHER_ROUNDING, make_contract, make_patches, make_teacher
 
 from pipeline.data.blocks import BLOCK
 from pipeline.data.formats.npz import open_npz
@@ -59,7 +59,7 @@ def test_the_answers_are_those_of_the_teachers_to_each_view(asked):
         cached = np.concatenate(whole[i], axis=1)
         for view in range(3):
             seen = take_view(patches, split.rows, view, cache.views, 7)[..., list(teacher.bands)]
-            assert cached[view] == pytest.approx(teacher.outputs(seen)[0], abs=1e-5)
+            assert cached[view] == pytest.approx(teacher.outputs(seen)[0], abs=TEACHER_ROUNDING)
         assert not np.allclose(cached[0], cached[1])
 
 

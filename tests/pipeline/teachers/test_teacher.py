@@ -3,7 +3,7 @@ import json
 import numpy as np
 import onnxruntime as ort
 import pytest
-from tiny_project import MEANS, make_contract, make_patches, make_teacher
+from tiny_project import MEANS, TEACHER_ROUNDING, make_contract, make_patches, make_teacher
 
 from pipeline.params.sources import TeacherParams
 from pipeline.run.errors import InputError
@@ -35,7 +35,7 @@ def test_any_batch_size_gives_the_same_logits_with_a_remainder(tmp_path, patches
     assert teacher.batch == (None if batch == "N" else batch)
     for count in (1, 7, 70):
         assert teacher.outputs(patches[:count, ..., [0, 1, 2]])[0] == pytest.approx(
-            reference[:count], abs=1e-5
+            reference[:count], abs=TEACHER_ROUNDING
         )
 
 
@@ -47,7 +47,7 @@ def test_a_teacher_equals_its_graph_fed_by_hand(tmp_path, patches, contract):
     tensor = tensor.repeat(4, axis=2).repeat(4, axis=3).astype(np.float32)  # nearest, 4 to 16
     session = ort.InferenceSession(str(tmp_path / "teacher.onnx"))
     by_hand = session.run(None, {"input": tensor})[0]
-    assert teacher.outputs(patches[..., [2, 0]])[0] == pytest.approx(by_hand, abs=1e-4)
+    assert teacher.outputs(patches[..., [2, 0]])[0] == pytest.approx(by_hand, abs=TEACHER_ROUNDING)
 
 
 def test_free_sizes_take_the_contracts_size(tmp_path, patches, contract):
@@ -78,9 +78,13 @@ def test_a_softmax_at_the_end_is_cut_off(tmp_path, patches, contract):
     logits = opened(tmp_path, patches, contract).outputs(patches[..., [0, 1, 2]])[0]
     teacher = opened(tmp_path, patches, contract, softmax=True)
     assert teacher.ending == "softmax cut off"
-    assert teacher.outputs(patches[..., [0, 1, 2]])[0] == pytest.approx(logits, abs=1e-5)
+    assert teacher.outputs(patches[..., [0, 1, 2]])[0] == pytest.approx(
+        logits, abs=TEACHER_ROUNDING
+    )
     external = opened(tmp_path, patches, contract, softmax=True, external="weights.bin")
-    assert external.outputs(patches[..., [0, 1, 2]])[0] == pytest.approx(logits, abs=1e-5)
+    assert external.outputs(patches[..., [0, 1, 2]])[0] == pytest.approx(
+        logits, abs=TEACHER_ROUNDING
+    )
 
 
 def test_features_come_after_the_logits_by_name(tmp_path, patches, contract):
@@ -88,7 +92,7 @@ def test_features_come_after_the_logits_by_name(tmp_path, patches, contract):
     logits, pooled, features = teacher.outputs(patches[:5, ..., [0, 1, 2]])
     assert (logits.shape, pooled.shape, features.shape) == ((5, 3), (5, 3, 1, 1), (5, 3))
     tensor = teacher.prepare(patches[:5, ..., [0, 1, 2]])
-    assert pooled[..., 0, 0] == pytest.approx(tensor.mean(axis=(2, 3)), abs=1e-5)
+    assert pooled[..., 0, 0] == pytest.approx(tensor.mean(axis=(2, 3)), abs=TEACHER_ROUNDING)
     with pytest.raises(InputError, match="no node makes a tensor 'pooling'; there are pooled"):
         opened(tmp_path, patches, contract, given={"features": ("pooling",)})
 
