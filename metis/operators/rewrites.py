@@ -62,8 +62,12 @@ def _clip_bounds(draft: Draft, node: onnx.NodeProto) -> str:
     return "its bounds computed beforehand"
 
 
-def _explicit_pads(draft: Draft, node: onnx.NodeProto) -> str:
-    """The pads that auto_pad means, by the operators' definition in ONNX."""
+def _explicit_pads(draft: Draft, node: onnx.NodeProto) -> str | None:
+    """The pads that auto_pad means, by the operators' definition in ONNX.
+
+    Not where steps are longer than the kernel and leave pixels over: ONNX pads nothing there, and
+    onnxruntime cuts the first of them, so nobody can say what the network was trained with.
+    """
     view = draft.view(node)
     kernel = view.shape(1)[2:] if "Conv" in node.op_type else view.attribute("kernel_shape")
     sizes, auto = view.shape()[2:], view.attribute("auto_pad")
@@ -75,7 +79,9 @@ def _explicit_pads(draft: Draft, node: onnx.NodeProto) -> str:
             zip(sizes, kernel, strides, dilations, strict=True)
         ):
             outputs = -(-size // step)
-            total = max((outputs - 1) * step + (k - 1) * d + 1 - size, 0)
+            total = (outputs - 1) * step + (k - 1) * d + 1 - size
+            if total < 0:
+                return None
             small, large = total // 2, total - total // 2
             begins[axis], ends[axis] = (small, large) if auto == "SAME_UPPER" else (large, small)
     _set_attribute(node, "auto_pad", None)

@@ -1,5 +1,6 @@
 """`kdpipe check` as a user runs it."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,7 +15,6 @@ from onnx import numpy_helper
 
 from metis.operators.report import check_model
 from pipeline.networks import chip_check
-from pipeline.run import errors
 from pipeline.run.errors import ExtraMissingError
 
 
@@ -191,7 +191,7 @@ def test_a_network_that_does_not_take_the_input_is_refused():
 
 
 def test_a_name_needs_the_extra_and_a_file_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExtraMissingError, match="'train' brings what is missing"):
         chip_check.check("resnet18", size=None, channels=3)
     path = write(tmp_path / "clean.onnx", CLEAN[0])

@@ -52,8 +52,8 @@ def test_file_names_and_limits_do_not_decide_what_a_stage_makes():
 
 def test_a_parameter_of_a_later_release_decides_only_where_it_is_not_as_before():
     keyed = {"value": 1, "inner": [1, 2]}
-    assert SomeParams(later="as before").keyed() == keyed
-    assert SomeParams(later="anew").keyed() == {**keyed, "later": "anew"}
+    assert SomeParams(later="as before").key_tree() == keyed
+    assert SomeParams(later="anew").key_tree() == {**keyed, "later": "anew"}
 
 
 def test_a_missing_extra_is_named_with_its_packages():

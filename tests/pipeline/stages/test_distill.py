@@ -152,9 +152,7 @@ def test_tensorboard_gets_every_part_of_the_loss(finished):
 
 
 def test_a_logger_that_is_not_installed_is_asked_for(monkeypatch):
-    monkeypatch.setattr(
-        "pipeline.run.errors.find_spec", lambda name: None if name == "wandb" else name
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
     with pytest.raises(ExtraMissingError, match=r"wandb not installed; .*kdpipe\[wandb\]"):
         ready(DistillParams(loggers=("wandb",)))
 
