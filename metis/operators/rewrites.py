@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from metis.operators.draft import Draft
 from metis.operators.hard_activations import hard_pattern
-from metis.operators.rules import is_channelwise
+from metis.operators.rules import is_channelwise, same_padding
 
 #: The description of what was done; None where the rewrite can't be done.
 Rewriter = Callable[[Draft, onnx.NodeProto], str | None]
@@ -62,31 +62,16 @@ def _clip_bounds(draft: Draft, node: onnx.NodeProto) -> str:
     return "its bounds computed beforehand"
 
 
-def _explicit_pads(draft: Draft, node: onnx.NodeProto) -> str | None:
-    """The pads that auto_pad means, by the operators' definition in ONNX.
-
-    Not where steps are longer than the kernel and leave pixels over: ONNX pads nothing there, and
-    onnxruntime cuts the first of them, so nobody can say what the network was trained with.
-    """
+def _explicit_pads(draft: Draft, node: onnx.NodeProto) -> str:
+    """The pads that auto_pad means, by the operators' definition in ONNX."""
     view = draft.view(node)
-    kernel = view.shape(1)[2:] if "Conv" in node.op_type else view.attribute("kernel_shape")
-    sizes, auto = view.shape()[2:], view.attribute("auto_pad")
-    strides = view.attribute("strides") or [1] * len(kernel)
-    dilations = view.attribute("dilations") or [1] * len(kernel)
-    begins, ends = [0] * len(kernel), [0] * len(kernel)
-    if auto != "VALID":
-        for axis, (size, k, step, d) in enumerate(
-            zip(sizes, kernel, strides, dilations, strict=True)
-        ):
-            outputs = -(-size // step)
-            total = (outputs - 1) * step + (k - 1) * d + 1 - size
-            if total < 0:
-                return None
-            small, large = total // 2, total - total // 2
-            begins[axis], ends[axis] = (small, large) if auto == "SAME_UPPER" else (large, small)
+    mode, totals = view.attribute("auto_pad"), [max(total, 0) for total in same_padding(view)]
+    small = [0 if mode == "VALID" else total // 2 for total in totals]
+    large = [0 if mode == "VALID" else total - total // 2 for total in totals]
+    pads = small + large if mode == "SAME_UPPER" else large + small
     _set_attribute(node, "auto_pad", None)
-    _set_attribute(node, "pads", begins + ends)
-    return f"auto_pad {auto} -> pads {begins + ends}"
+    _set_attribute(node, "pads", pads)
+    return f"auto_pad {mode} -> pads {pads}"
 
 
 def _flatten(draft: Draft, node: onnx.NodeProto) -> str:

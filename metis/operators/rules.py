@@ -87,15 +87,23 @@ def _rule(op_type: str, words: str) -> Callable[[_Check], _Check]:
 
 
 def _auto_pad(node: Node) -> Findings:
-    if node.attribute("auto_pad", "NOTSET") != "NOTSET":
+    mode = node.attribute("auto_pad", "NOTSET")
+    if mode == "NOTSET":
+        return
+    # Where strides skip pixels at the end, onnxruntime crops at both ends; ONNX has no word on it.
+    if mode.startswith("SAME") and min(same_padding(node)) < -1:
+        yield Finding("auto_pad must be NOTSET", "export with explicit pads")
+    else:
         yield Finding("auto_pad must be NOTSET", rewrite="explicit pads")
 
 
-def _same_pads(node: Node, kernel: list[int]) -> bool:
-    """Whether auto_pad SAME_UPPER or SAME_LOWER pads at all."""
-    sizes, strides = node.shape()[2:], node.attribute("strides") or [1] * len(kernel)
-    steps = zip(sizes, kernel, strides, strict=True)
-    return any((-(-size // stride) - 1) * stride + k > size for size, k, stride in steps)
+def same_padding(node: Node) -> list[int]:
+    """Pixels per axis that auto_pad SAME adds; fewer than none where strides skip the last ones."""
+    kernel = node.shape(1)[2:] if "Conv" in node.proto.op_type else node.attribute("kernel_shape")
+    ones = [1] * len(kernel)
+    strides, dilations = (node.attribute(name) or ones for name in ("strides", "dilations"))
+    axes = zip(node.shape()[2:], kernel, strides, dilations, strict=True)
+    return [(-(-size // step) - 1) * step + (k - 1) * d + 1 - size for size, k, step, d in axes]
 
 
 @_rule(
@@ -108,7 +116,7 @@ def _average_pool(node: Node) -> Findings:
     kernel, pads = node.attribute("kernel_shape"), node.attribute("pads")
     has_padding = any(pads or ())
     if node.attribute("auto_pad", "").startswith("SAME"):
-        has_padding = _same_pads(node, kernel)
+        has_padding = max(same_padding(node)) > 0
     if pads and len(pads) != 4:
         yield Finding("pads must be four numbers")
     elif pads and pads[:2] == pads[2:] and (2 * pads[0] > kernel[0] or 2 * pads[1] > kernel[1]):
